@@ -1,0 +1,1 @@
+"""The model: loaded, quantized, cut into blocks, adapted, resident somewhere."""

@@ -1,0 +1,160 @@
+"""LoRA over a frozen base: PEFT's adapter, our forward and backward.
+
+PEFT owns the adapter: its `LoraConfig`, its initialisations and variants, its files. What is ours is the arithmetic of
+a frozen linear with a LoRA on top, as one function that keeps of the dense weight nothing, and of the activations only
+what the adapter's own gradient needs. It takes the plain case, which is nearly all of training; whatever else PEFT can
+do (DoRA, merged or several adapters, mixed batches) runs in PEFT's own forward on the same layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import Linear as PeftLoraLinear
+from torch import nn
+from transformers import PreTrainedModel
+
+from qlora.config import LoraSection
+from qlora.errors import AdapterError
+from qlora.model.nf4 import four_bit_weight, thawed
+
+
+class FrozenLora(torch.autograd.Function):
+    """y = x W^T + bias + scaling (dropped A^T) B^T, with W and bias frozen.
+
+    x        [..., in]   what enters the base
+    dropped  [..., in]   what enters the adapter: x, or x after the adapter's dropout
+    A, B     [r, in], [out, r]   in their own dtype (fp32 master weights); computed in x's
+    dense    () -> W [out, in]   asked again in the backward, so that no dense weight is kept between the two
+
+    Gradients, with g = dL/dy and h = dropped A^T:
+        dL/dB = scaling g^T h        dL/dA = scaling (g B)^T dropped        dL/dx = g W (+ scaling g B A where x = dropped)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x, dropped, A, B, bias, dense, scaling: float) -> torch.Tensor:  # noqa: N803
+        same = dropped is x
+        x2, dropped2 = x.reshape(-1, x.shape[-1]), dropped.reshape(-1, x.shape[-1])
+        A_, B_ = A.to(x.dtype), B.to(x.dtype)
+        W = dense()
+        y = x2 @ W.t() if bias is None else torch.addmm(bias, x2, W.t())
+        h = dropped2 @ A_.t()
+        y.addmm_(h, B_.t(), alpha=scaling)
+        ctx.save_for_backward(dropped2, h, A, B)
+        ctx.dense, ctx.scaling, ctx.same, ctx.shape = dense, scaling, same, x.shape
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, g):  # type: ignore[override]
+        dropped, h, A, B = ctx.saved_tensors
+        g2 = g.reshape(-1, g.shape[-1])
+        A_, B_ = A.to(g.dtype), B.to(g.dtype)
+        gB = g2 @ B_  # [tokens, r]
+        gB.mul_(ctx.scaling)
+        dA = (gB.t() @ dropped).to(A.dtype)
+        dB = (g2.t() @ h).mul_(ctx.scaling).to(B.dtype)
+        dx = d_dropped = None
+        if ctx.needs_input_grad[0]:
+            dx = g2 @ ctx.dense()
+            if ctx.same:
+                dx.addmm_(gB, A_)
+            dx = dx.view(ctx.shape)
+        if not ctx.same and ctx.needs_input_grad[1]:
+            d_dropped = (gB @ A_).view(ctx.shape)
+        return dx, d_dropped, dA, dB, None, None, None
+
+
+class FusedLoraLinear(PeftLoraLinear):
+    """PEFT's LoRA linear, with the plain case in one function over the frozen weight."""
+
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # PiSSA, OLoRA and their like write the residual to base_layer.weight.data, so that it must stand in 16 bit.
+        config = kwargs.get("config")
+        if isinstance(getattr(config, "init_lora_weights", None), str):
+            with thawed(self.get_base_layer()):
+                super().update_layer(adapter_name, *args, **kwargs)
+        else:
+            super().update_layer(adapter_name, *args, **kwargs)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        name = self._plain_adapter()
+        if name is None or args or kwargs:
+            return super().forward(x, *args, **kwargs)
+        base = self.get_base_layer()
+        four_bit = four_bit_weight(base)
+        if four_bit is None:
+            dense = base.weight.detach
+        else:
+            # What bitsandbytes' own linear does: compute in compute_dtype whatever arrives, and answer in kind.
+            dense = four_bit.forward
+            dtype = four_bit.four_bit.compute_dtype
+            if x.dtype != dtype:
+                return self._fused(x.to(dtype), name, base, dense).to(x.dtype)
+        return self._fused(x, name, base, dense)
+
+    def _fused(self, x: torch.Tensor, name: str, base: nn.Module, dense: Any) -> torch.Tensor:
+        dropout = self.lora_dropout[name]
+        dropped = x if isinstance(dropout, nn.Identity) or not self.training else dropout(x)
+        bias = None if base.bias is None else base.bias.to(x.dtype)
+        A, B = self.lora_A[name].weight, self.lora_B[name].weight
+        return FrozenLora.apply(x, dropped, A, B, bias, dense, self.scaling[name])
+
+    def _plain_adapter(self) -> str | None:
+        """The one active adapter, where it is LoRA and nothing more on a base that is frozen."""
+        if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
+            return None
+        name = self.active_adapters[0]
+        if name not in self.lora_A or name in self.lora_variant or self.lora_bias[name]:
+            return None
+        base = self.get_base_layer()
+        frozen = all(not p.requires_grad for p in base.parameters(recurse=False))
+        return name if frozen and type(base).forward is nn.Linear.forward else None
+
+
+def attach(model: PreTrainedModel, section: LoraSection, seed: int) -> PeftModel:
+    """Put a new LoRA on a frozen model.
+
+    section  the recipe's `lora` section: PEFT's LoraConfig by field
+    seed     of the adapter's initialisation
+
+    Raises AdapterError, with PEFT's reason, where the section does not fit the model.
+    """
+    fields = section.model_dump(exclude={"autocast_adapter_dtype"}, exclude_none=True)
+    try:
+        config = _ours(LoraConfig(task_type="CAUSAL_LM", **fields))
+        with torch.random.fork_rng(devices=[p.device for p in model.parameters() if p.is_cuda][:1]):
+            torch.manual_seed(seed)
+            adapted = get_peft_model(model, config, autocast_adapter_dtype=section.autocast_adapter_dtype)
+    except (ValueError, TypeError, KeyError) as error:
+        raise AdapterError(f"this `lora` section does not fit the model: {error}") from error
+    if not section.autocast_adapter_dtype:
+        for parameter in trainable(adapted).values():
+            parameter.data = parameter.data.to(model.dtype)
+    return adapted  # type: ignore[return-value]
+
+
+def load_adapter(model: PreTrainedModel, path: str, trainable: bool = False) -> PeftModel:
+    """Put the adapter in the directory `path`, PEFT's format, on its base.
+
+    Raises AdapterError where there is none, or where it does not fit.
+    """
+    try:
+        config = _ours(LoraConfig.from_pretrained(path))
+        return PeftModel.from_pretrained(model, path, config=config, is_trainable=trainable)
+    except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
+        raise AdapterError(f"{path}: not a LoRA adapter for this base: {error}") from error
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What the optimizer moves, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _ours(config: LoraConfig) -> LoraConfig:
+    # PEFT's documented way to bring one's own LoRA layer (developer guides, "Custom models"). It is not saved.
+    config._register_custom_module({nn.Linear: FusedLoraLinear})
+    return config

@@ -1,0 +1,63 @@
+"""A micro-batch: what travels through the step together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+IGNORE_INDEX = -100  # transformers' and torch's mark for "no loss here"
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Token ids, their places, and which of them are to be learned.
+
+    input_ids       int64 [B, T]
+    position_ids    int64 [B, T]   restarts at 0 with each document
+    labels          int64 [B, T]   unshifted: labels[b, t] is input_ids[b, t] where that token is to be predicted
+                                   (from the ones before it), else IGNORE_INDEX; so is each document's first token
+    attention_mask  int64 [B, T]   1 for tokens, 0 for right padding; None where nothing is padded
+    rows            where each document came from, as "file:line"
+
+    A packed micro-batch is [1, T], holds several documents and has no attention mask: transformers reads the borders
+    from the restarting position ids and keeps documents from seeing each other.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    labels: torch.Tensor
+    attention_mask: torch.Tensor | None = None
+    rows: tuple[str, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are computed on, padding included."""
+        return self.input_ids.numel()
+
+    @property
+    def supervised(self) -> int:
+        """Tokens that carry loss."""
+        return int((self.labels != IGNORE_INDEX).sum())
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same micro-batch with its tensors on `device`."""
+        mask = None if self.attention_mask is None else self.attention_mask.to(device)
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            position_ids=self.position_ids.to(device),
+            labels=self.labels.to(device),
+            attention_mask=mask,
+        )
+
+    def targets(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which positions predict a supervised token, and what it is.
+
+        returns positions int64 [N], into the flattened [B*T] hidden states, and targets int64 [N]
+        """
+        following = torch.full_like(self.labels, IGNORE_INDEX)
+        following[:, :-1] = self.labels[:, 1:]
+        following = following.flatten()
+        positions = (following != IGNORE_INDEX).nonzero().flatten()
+        return positions, following[positions]
