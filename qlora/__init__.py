@@ -1,1 +1,31 @@
-"""QLoRA for consumer GPUs."""
+"""qlora: fine-tune language models on consumer GPUs.
+
+    import qlora
+
+    config = qlora.load_recipe("recipes/quickstart.yaml")
+    qlora.train(config)
+    print(qlora.generate(config.training.output_dir, "..."))
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qlora.recipe import load_recipe as load_recipe
+    from qlora.run import generate as generate
+    from qlora.run import train as train
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "generate", "load_recipe", "train"]
+
+_HOMES = {"load_recipe": "qlora.recipe", "train": "qlora.run", "generate": "qlora.run"}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use: torch alone takes seconds, and `qlora --help` should not.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

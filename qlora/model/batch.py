@@ -61,3 +61,17 @@ class Batch:
         following = following.flatten()
         positions = (following != IGNORE_INDEX).nonzero().flatten()
         return positions, following[positions]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A held-out conversation up to its last answer.
+
+    ids       the prompt's tokens, those that open the answer included
+    prompt    what was said last before the answer, for people
+    expected  the answer in the data
+    """
+
+    ids: tuple[int, ...]
+    prompt: str
+    expected: str

@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from qlora.config import Config
 from qlora.errors import ModelError
 from qlora.model.nf4 import FourBit, four_bit_weights, quantize_
-from qlora.model.source import Source, open_source
+from qlora.model.source import Source
 
 METHOD = "qlora_streaming"  # our name among transformers' quantization methods
 
@@ -45,7 +45,7 @@ class Base:
     seconds: float
 
 
-def load_base(config: Config, device: torch.device) -> Base:
+def load_base(config: Config, source: Source, device: torch.device) -> Base:
     """Load the recipe's base model onto `device`: NF4 under `method: qlora`, else in `model.dtype`.
 
     Host memory above what stays is one tensor. Frozen except under `method: full`.
@@ -53,7 +53,6 @@ def load_base(config: Config, device: torch.device) -> Base:
     Raises ModelError.
     """
     started = time.perf_counter()
-    source = open_source(config.model)
     dtype: torch.dtype = getattr(torch, config.model.dtype)
     four_bit = None
     if config.method == "qlora":
@@ -83,20 +82,25 @@ def _load(
         raise ModelError(
             f"{source.name}: is quantized already; give the 16-bit checkpoint, it is quantized as it streams in"
         )
-    model, info = type(skeleton).from_pretrained(
-        None,
-        config=skeleton.config,
-        state_dict=tensors,
-        dtype=dtype,
-        attn_implementation=skeleton.config._attn_implementation,
-        device_map={"": device},
-        quantization_config=StreamingConfig(four_bit),
-        output_loading_info=True,
-    )
-    for what in ("missing_keys", "mismatched_keys", "conversion_errors", "error_msgs"):
-        if found := info.get(what):
-            shown = ", ".join(str(key) for key in list(found)[:4])
-            raise ModelError(f"{source.name}: its weights do not fit its configuration: {what} ({len(found)}): {shown}")
+    streaming = StreamingConfig(four_bit)
+    try:
+        model, info = type(skeleton).from_pretrained(
+            None,
+            config=skeleton.config,
+            state_dict=tensors,
+            dtype=dtype,
+            attn_implementation=skeleton.config._attn_implementation,
+            device_map={"": device},
+            quantization_config=streaming,
+            output_loading_info=True,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(f"{source.name}: its weights do not fit its configuration: {error}") from error
+    kinds = ("missing_keys", "mismatched_keys", "conversion_errors", "error_msgs")
+    wrong = streaming.misfits + [f"{what}: {key}" for what in kinds for key in sorted(info.get(what) or (), key=str)]
+    if wrong:
+        shown = "".join(f"\n  {line}" for line in wrong[:4]) + (f"\n  and {len(wrong) - 4} more" if wrong[4:] else "")
+        raise ModelError(f"{source.name}: its weights do not fit its configuration:{shown}")
     model.config.name_or_path = model.name_or_path = source.name
     model.generation_config = _generation_config(source, model)
     return model
@@ -135,11 +139,16 @@ def _generation_config(source: Source, model: PreTrainedModel) -> GenerationConf
 
 @register_quantization_config(METHOD)
 class StreamingConfig(QuantizationConfigMixin):
-    """What `StreamingQuantizer` is told through `from_pretrained`. four_bit: None keeps every weight as it is."""
+    """What `StreamingQuantizer` is told through `from_pretrained`, and what it answers.
+
+    four_bit  None keeps every weight as it is
+    misfits   weights that came in another shape than the model has
+    """
 
     def __init__(self, four_bit: FourBit | None = None, **_: Any) -> None:
         self.quant_method = METHOD
         self.four_bit = four_bit
+        self.misfits: list[str] = []
 
 
 @register_quantizer(METHOD)
@@ -166,7 +175,7 @@ class StreamingQuantizer(HfQuantizer):
         return param_name in self._targets
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _Quantize(self.quantization_config.four_bit)
+        return _Quantize(self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         # What the model is made of is no business of its config: an adapter's base is the 16-bit checkpoint.
@@ -194,8 +203,8 @@ def _quantizable(model: nn.Module) -> set[str]:
 class _Quantize(ConversionOps):
     """The last operation on a tensor's way in: it goes into its module in four bits, and no further."""
 
-    def __init__(self, four_bit: FourBit | None) -> None:
-        self.four_bit = four_bit
+    def __init__(self, config: StreamingConfig) -> None:
+        self.config = config
 
     def convert(
         self,
@@ -204,15 +213,15 @@ class _Quantize(ConversionOps):
         missing_keys: set[str] | None = None,
         **_: Any,
     ) -> dict[str, torch.Tensor]:
-        assert model is not None and self.four_bit is not None
+        assert model is not None and self.config.four_bit is not None
         for name, value in input_dict.items():
             dense = value[0] if isinstance(value, list) else value
             path, _, leaf = name.rpartition(".")
             module = model.get_submodule(path)
             expected = getattr(module, leaf).shape
             if dense.shape != expected:
-                raise ValueError(f"{name} is {list(dense.shape)}, the configuration has {list(expected)}")
-            quantize_(module, leaf, dense, self.four_bit)
+                self.config.misfits.append(f"{name} is {list(dense.shape)}, the configuration has {list(expected)}")
+            quantize_(module, leaf, dense, self.config.four_bit)
             module._is_hf_initialized = True  # type: ignore[assignment]
             if missing_keys is not None:
                 missing_keys.discard(name)

@@ -110,10 +110,15 @@ def quantize_(module: nn.Module, name: str, dense: torch.Tensor, four_bit: FourB
 
     The parameter that had that name may be on the meta device: it is dropped unread.
     """
+    _install(module, name, FourBitWeight(dense, four_bit))
+
+
+def _install(module: nn.Module, name: str, weight: FourBitWeight) -> None:
     delattr(module, name)
     # The placeholder has no elements: what the weight is lives in FourBitWeight, where the memory tiers can move it.
-    module.register_parameter(name, nn.Parameter(torch.empty(0, dtype=four_bit.compute_dtype), requires_grad=False))
-    parametrize.register_parametrization(module, name, FourBitWeight(dense, four_bit), unsafe=True)
+    placeholder = torch.empty(0, dtype=weight.four_bit.compute_dtype, device=weight.packed.device)
+    module.register_parameter(name, nn.Parameter(placeholder, requires_grad=False))
+    parametrize.register_parametrization(module, name, weight, unsafe=True)
 
 
 def four_bit_weight(module: nn.Module, name: str = "weight") -> FourBitWeight | None:
@@ -131,7 +136,7 @@ def four_bit_weights(module: nn.Module) -> list[FourBitWeight]:
 
 @contextmanager
 def thawed(module: nn.Module, name: str = "weight") -> Iterator[None]:
-    """Let others change a frozen weight: dense and writable inside, quantized again on leaving, if it was four-bit.
+    """Let others change a frozen weight: dense and writable inside; quantized again on leaving, if it was changed.
 
     Initialisations that move part of the base into the adapter (PiSSA, OLoRA) write to `base_layer.weight.data`.
     """
@@ -145,4 +150,7 @@ def thawed(module: nn.Module, name: str = "weight") -> Iterator[None]:
     try:
         yield
     finally:
-        quantize_(module, name, getattr(module, name).data, frozen.four_bit)
+        left = getattr(module, name).data
+        # What nobody touched goes back as it was: quantizing twice rounds the block maxima twice.
+        changed = left.dtype != dense.dtype or not torch.equal(left, frozen.expand())
+        _install(module, name, FourBitWeight(left, frozen.four_bit) if changed else frozen)

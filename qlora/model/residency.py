@@ -19,6 +19,7 @@ class Residency(Protocol):
     """What the step and the evaluation need of a tier."""
 
     visits: int  # layers made ready so far; 2 L - 1 an optimizer step, whatever the number of micro-batches
+    dense_bytes: int  # what `all_dense` takes more
 
     @contextmanager
     def visit(self, i: int) -> Iterator[None]:
@@ -36,6 +37,7 @@ class Resident:
 
     def __init__(self, layers: nn.ModuleList) -> None:
         self._weights = [four_bit_weights(layer) for layer in layers]
+        self.dense_bytes = sum(w.shape.numel() * w.four_bit.compute_dtype.itemsize for ws in self._weights for w in ws)
         self.visits = 0
 
     @contextmanager

@@ -16,17 +16,19 @@ the same bits. The standard order remains for a model that cannot be cut.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from qlora.model.batch import Batch
-from qlora.model.blocks import Blocks, inputs_of
+from qlora.errors import ModelError
+from qlora.model.blocks import Blocks, CannotCut, cut, inputs_of
 from qlora.model.loss import TokenLoss, head_loss
-from qlora.model.residency import Residency
+from qlora.model.residency import Residency, Resident
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,11 @@ class LayerMajor:
         inside = {id(p) for p in blocks.layers.parameters()}
         outside = [p for p in blocks.model.parameters() if id(p) not in inside]
         self._prologue_trains = any(p.requires_grad for p in outside)
+
+    @property
+    def isolates_documents(self) -> bool:
+        """Whether packed documents do not see each other."""
+        return self.blocks.isolates_documents
 
     def __call__(self, batches: Sequence[Batch], step: int = 0) -> StepResult:
         """Add the gradients of the mean loss over `batches` to every trained parameter's `.grad`.
@@ -117,6 +124,7 @@ class MicroBatchMajor:
     """The step on a model that cannot be cut: its whole forward and backward for each micro-batch, checkpointed."""
 
     order = "standard"
+    isolates_documents = False  # not known, so not believed
 
     def __init__(self, model: PreTrainedModel, loss_chunk: int, seed: int = 0) -> None:
         self.model, self.loss_chunk, self.seed = model, loss_chunk, seed
@@ -149,6 +157,28 @@ class MicroBatchMajor:
 
 
 Step = LayerMajor | MicroBatchMajor
+
+
+def choose(
+    model: PreTrainedModel, order: str, loss_chunk: int, seed: int, say: Callable[[str], None]
+) -> tuple[Step, Residency]:
+    """The step for a model, and where its layers live.
+
+    order  "layer-major", "standard", or "auto": layer-major where the model can be cut
+    say    is told in a line where "auto" comes down on "standard"
+
+    Raises ModelError where "layer-major" is asked for and cannot be had.
+    """
+    if order != "standard":
+        try:
+            blocks = cut(model)
+            residency = Resident(blocks.layers)
+            return LayerMajor(blocks, residency, loss_chunk, seed), residency
+        except CannotCut as reason:
+            if order == "layer-major":
+                raise ModelError(f"memory.order: layer-major, but {type(model).__name__} cannot be cut: {reason}") from None
+            say(f"{type(model).__name__} trains in the standard order: {reason}")
+    return MicroBatchMajor(model, loss_chunk, seed), Resident(nn.ModuleList([model]))
 
 
 def _result(losses: list[torch.Tensor], batches: Sequence[Batch], supervised: int) -> StepResult:

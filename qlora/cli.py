@@ -1,0 +1,112 @@
+"""The command line: it reads arguments and calls; all logic is elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from qlora.errors import QLoRAError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit status: 0, 1 after an error that the user can mend, 130 after an interrupt."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except QLoRAError as error:
+        print(error.report(), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `qlora data ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="qlora", description="Fine-tune language models on consumer GPUs.")
+    parser.add_argument("--version", action=_Version)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    train = _with_recipe(commands.add_parser("train", help="fine-tune as a recipe says"))
+    going_on = train.add_mutually_exclusive_group()
+    going_on.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")
+    going_on.add_argument("--overwrite", action="store_true", help="remove what an earlier run left in output_dir")
+    train.set_defaults(command=_train)
+
+    data = _with_recipe(commands.add_parser("data", help="show what a recipe's data is and what is learned of it"))
+    data.add_argument("--samples", type=int, default=3, metavar="N", help="rows to show in full (%(default)s)")
+    data.set_defaults(command=_data)
+
+    generate = commands.add_parser("generate", help="answer a prompt with a trained adapter")
+    generate.add_argument("adapter", help="directory that `qlora train` left, or any PEFT LoRA")
+    generate.add_argument("prompt", help="what the user says; - reads it from standard input")
+    generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="at most (%(default)s)")
+    generate.set_defaults(command=_generate)
+
+    schema = commands.add_parser("schema", help="print the JSON Schema of recipes")
+    schema.set_defaults(command=_schema)
+    return parser
+
+
+def _with_recipe(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser.add_argument("recipe", help="a YAML file; `qlora schema` says what may stand in it")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="override a key of the recipe, e.g. training.learning_rate=1e-4; may be repeated",
+    )
+    return parser
+
+
+class _Version(argparse.Action):
+    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help="print the version")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from qlora import __version__
+
+        print(f"qlora {__version__}")
+        parser.exit()
+
+
+def _train(options: argparse.Namespace) -> int:
+    from qlora.recipe import load_recipe
+
+    config = load_recipe(options.recipe, options.overrides)  # a typo is answered before torch is imported
+    from qlora import run
+
+    outcome = run.train(config, resume=options.resume, overwrite=options.overwrite)
+    return 130 if outcome.stopped else 0
+
+
+def _data(options: argparse.Namespace) -> int:
+    from qlora.recipe import load_recipe
+
+    config = load_recipe(options.recipe, options.overrides)
+    from qlora import run
+
+    run.show_data(config, options.samples)
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from qlora import run
+
+    prompt = sys.stdin.read().strip() if options.prompt == "-" else options.prompt
+    print(run.generate(options.adapter, prompt, max_new_tokens=options.max_new_tokens))
+    return 0
+
+
+def _schema(_: argparse.Namespace) -> int:
+    from qlora.config import Config
+
+    print(json.dumps(Config.model_json_schema(), indent=2))
+    return 0

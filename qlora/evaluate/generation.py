@@ -1,0 +1,57 @@
+"""Answers by greedy generation, and how many of them are exactly right."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@torch.no_grad()
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    end_ids: Sequence[int],
+    max_new_tokens: int,
+    batch_size: int,
+) -> list[str]:
+    """The most likely answer to each prompt, token by token, until an end token or max_new_tokens."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_ids[0]
+    how = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=list(end_ids), pad_token_id=pad, use_cache=True
+    )
+    answers = [""] * len(prompts)
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # least padding
+    with _answering(model):
+        for first in range(0, len(by_length), batch_size):
+            members = by_length[first : first + batch_size]
+            longest = max(len(prompts[i]) for i in members)
+            ids = torch.full((len(members), longest), pad, device=model.device)
+            mask = torch.zeros_like(ids)
+            for row, i in enumerate(members):  # answers begin where prompts end, so padding goes to the left
+                ids[row, longest - len(prompts[i]) :] = torch.tensor(prompts[i], device=model.device)
+                mask[row, longest - len(prompts[i]) :] = 1
+            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=how)
+            for row, i in enumerate(members):
+                tokens = out[row, longest:].tolist()
+                ended = next((at for at, token in enumerate(tokens) if token in end_ids), len(tokens))
+                answers[i] = tokenizer.decode(tokens[:ended], skip_special_tokens=True)
+    return answers
+
+
+@contextlib.contextmanager
+def _answering(model: PreTrainedModel) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def exact(expected: str, got: str) -> bool:
+    """Whether an answer is the expected one to the letter, blanks around it aside."""
+    return expected.strip() == got.strip()

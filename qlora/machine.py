@@ -1,0 +1,78 @@
+"""The machine that trains: which device, how much memory it has and has used.
+
+torch is imported where it is needed, so that asking for help does not wait for it.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+GIB = 2**30
+
+
+def pick_device() -> torch.device:
+    """The accelerator, where torch finds one; else the CPU."""
+    import torch
+
+    if torch.accelerator.is_available():
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is not None:
+            return torch.device(accelerator.type, torch.accelerator.current_device_index())
+    return torch.device("cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """As a person would say it: `NVIDIA GeForce RTX 3060`, `CPU, 2 threads`."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+
+
+def memory_kind(device: torch.device) -> str:
+    """What the figures below count."""
+    return "host RSS" if device.type == "cpu" else "VRAM"
+
+
+def memory_gib(device: torch.device) -> float:
+    """GiB in use now: allocated on an accelerator, resident on the host."""
+    if device.type == "cpu":
+        import psutil
+
+        return psutil.Process().memory_info().rss / GIB
+    import torch
+
+    return torch.accelerator.memory_allocated(device) / GIB
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most GiB that were ever in use: reserved by the allocator on an accelerator, resident on the host."""
+    if device.type != "cpu":
+        import torch
+
+        return torch.accelerator.max_memory_reserved(device) / GIB
+    if os.name == "nt":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / GIB
+    import resource
+    import sys
+
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can still be had on the device."""
+    if device.type == "cpu":
+        import psutil
+
+        return psutil.virtual_memory().available
+    import torch
+
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0

@@ -1,0 +1,230 @@
+"""The loop around the step: clip, update, report, save, stop.
+
+It knows neither files nor formats: micro-batches come from a function of the epoch, events go to a function, and the
+held-out rows are somebody else's function too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora.config import TrainingConfig
+from qlora.errors import CheckpointError, NonFiniteLossError
+from qlora.machine import memory_gib
+from qlora.model.batch import Batch
+from qlora.train import checkpoint, optim
+from qlora.train.checkpoint import Progress
+from qlora.train.step import Step, StepResult
+
+Epochs = Callable[[int], Sequence[Batch]]
+Emit = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Which micro-batches each optimizer step takes.
+
+    sizes         micro-batches of each epoch that is begun
+    accumulation  micro-batches of a step; an epoch's last step takes what is left
+    steps         optimizer steps of the run
+    """
+
+    sizes: tuple[int, ...]
+    accumulation: int
+    steps: int
+
+    @classmethod
+    def of(cls, training: TrainingConfig, epochs: Epochs) -> Schedule:
+        """Count through as many epochs as the recipe asks for."""
+        k, sizes, steps = training.gradient_accumulation_steps, [], 0
+        for epoch in itertools.count():
+            if training.max_steps > 0:
+                if steps >= training.max_steps:
+                    break
+                share = 1.0
+            else:
+                share = min(1.0, training.num_train_epochs - epoch)
+                if share <= 0:
+                    break
+            sizes.append(len(epochs(epoch)))
+            steps += math.ceil(math.ceil(sizes[-1] / k) * share)
+        return cls(tuple(sizes), k, min(steps, training.max_steps) if training.max_steps > 0 else steps)
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        """For each step: its epoch, and the first and behind-last micro-batch in it."""
+        taken = 0
+        for epoch, size in enumerate(self.sizes):
+            for first in range(0, size, self.accumulation):
+                if taken == self.steps:
+                    return
+                yield epoch, first, min(first + self.accumulation, size)
+                taken += 1
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended. stopped: None where it came to its end, else why not."""
+
+    progress: Progress
+    losses: tuple[float, ...]
+    stopped: str | None
+
+
+class Loop:
+    """Trains from where the run is to its end."""
+
+    def __init__(
+        self,
+        step: Step,
+        parameters: Mapping[str, nn.Parameter],
+        epochs: Epochs,
+        training: TrainingConfig,
+        identity: Mapping[str, Any],
+        emit: Emit,
+        evaluate: Callable[[int], None] | None = None,
+    ) -> None:
+        """
+        parameters  what is trained, by name
+        epochs      epoch -> its micro-batches, on the host
+        identity    what makes the run this run; see checkpoint.save
+        emit        emit(kind, **fields) reports an event
+        evaluate    evaluate(step) scores the held-out rows, where there are any
+        """
+        self.step, self.parameters, self.epochs, self.training = step, parameters, epochs, training
+        self.identity, self.emit, self.evaluate = identity, emit, evaluate
+        self.schedule = Schedule.of(training, epochs)
+        self.device = next(iter(parameters.values())).device
+        self.optimizer, self.scheduler = optim.build(
+            training, parameters, self.schedule.steps, lambda text: emit("notice", text=text)
+        )
+        self.progress = Progress()
+
+    def resume(self) -> Progress:
+        """Go back to the newest checkpoint in the output directory. Raises CheckpointError."""
+        found = checkpoint.checkpoints(Path(self.training.output_dir))
+        if not found:
+            raise CheckpointError(f"{self.training.output_dir}: has no checkpoint to resume from")
+        self.progress = checkpoint.load(found[-1], self.parameters, self.optimizer, self.identity)
+        for _ in range(self.progress.step):
+            self.scheduler.step()
+        return self.progress
+
+    def run(self) -> Outcome:
+        """Take the steps that are left. Ctrl-C or SIGTERM finishes the step, saves and returns.
+
+        Raises NonFiniteLossError; the last checkpoint is then the one before.
+        """
+        losses: list[float] = []
+        saved = self.progress.step
+        with _stop_requested() as requested:
+            for epoch, first, behind in itertools.islice(self.schedule, self.progress.step, None):
+                losses.append(self._take(epoch, first, behind))
+                step, last = self.progress.step, self.progress.step == self.schedule.steps
+                if _due(self.training.save_steps, step) or last or requested():
+                    self._save()
+                    saved = step
+                if requested():
+                    break
+                if self.evaluate and _due(self.training.eval_steps, step) and not last:
+                    self.evaluate(step)
+        stopped = "interrupted" if self.progress.step < self.schedule.steps else None
+        assert saved == self.progress.step
+        return Outcome(self.progress, tuple(losses), stopped)
+
+    def _take(self, epoch: int, first: int, behind: int) -> float:
+        """One optimizer step; returns its loss."""
+        started = time.perf_counter()
+        all_of_epoch = self.epochs(epoch)
+        batches = [all_of_epoch[i].to(self.device) for i in range(first, behind)]
+        number = self.progress.step + 1
+        result = self.step(batches, number)
+        norm = self._clip(result, batches, number)
+        learning_rate = self.scheduler.get_last_lr()[0]
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        seconds = time.perf_counter() - started
+        self.progress = replace(
+            self.progress,
+            step=number,
+            tokens=self.progress.tokens + result.tokens,
+            seconds=self.progress.seconds + seconds,
+        )
+        if number % self.training.logging_steps == 0 or number in (1, self.schedule.steps):
+            self.emit(
+                "step",
+                step=number,
+                epoch=epoch + behind / self.schedule.sizes[epoch],
+                loss=result.loss,
+                learning_rate=learning_rate,
+                grad_norm=norm,
+                tokens=self.progress.tokens,
+                supervised=result.supervised,
+                step_seconds=seconds,
+                tokens_per_second=result.tokens / seconds,
+                memory_gib=memory_gib(self.device),
+            )
+        return result.loss
+
+    def _clip(self, result: StepResult, batches: Sequence[Batch], number: int) -> float:
+        """Scale the gradients to at most max_grad_norm; returns their norm before that."""
+        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        value = norm.item()
+        if not math.isfinite(result.loss) or not math.isfinite(value):
+            suspects = [b for b, loss in zip(batches, result.losses, strict=True) if not math.isfinite(loss)] or batches
+            rows = [row for batch in suspects for row in batch.rows]
+            shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+            what = f"the loss is {result.loss}" if not math.isfinite(result.loss) else f"the gradient's norm is {value}"
+            raise NonFiniteLossError(
+                f"step {number}: {what}; no weight was changed by it\n"
+                f"  rows of this step: {shown}\n"
+                "  try a lower training.learning_rate, or model.dtype: bfloat16 if it is float16"
+            )
+        if self.training.max_grad_norm > 0:
+            with_grads = [p for p in self.parameters.values() if p.grad is not None]
+            torch.nn.utils.clip_grads_with_norm_(with_grads, self.training.max_grad_norm, norm)
+        return value
+
+    def _save(self) -> None:
+        started = time.perf_counter()
+        directory, keep = Path(self.training.output_dir), self.training.save_total_limit
+        path = checkpoint.save(directory, self.progress, self.parameters, self.optimizer, self.identity, keep)
+        self.emit("checkpoint", step=self.progress.step, path=str(path), seconds=time.perf_counter() - started)
+
+
+def _due(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0
+
+
+@contextmanager
+def _stop_requested() -> Iterator[Callable[[], bool]]:
+    """Turn a first Ctrl-C or SIGTERM into an answer; a second Ctrl-C interrupts at once, as ever."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield asked.is_set
+        return
+
+    def note(signum: int, frame: Any) -> None:
+        if asked.is_set():
+            signal.default_int_handler(signum, frame)
+        asked.set()
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

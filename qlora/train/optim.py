@@ -1,0 +1,78 @@
+"""The optimizer of a recipe: AdamW of torch or bitsandbytes, its schedule, and its state as plain tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import get_scheduler
+
+from qlora.config import TrainingConfig
+
+
+def build(
+    training: TrainingConfig, parameters: Mapping[str, nn.Parameter], steps: int, say: Callable[[str], None]
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """The optimizer and its schedule over `steps` optimizer steps.
+
+    say  is told in a line where the device has not got what the recipe asks for
+    """
+    device = next(iter(parameters.values())).device
+    matrices = [p for p in parameters.values() if p.dim() > 1]
+    vectors = [p for p in parameters.values() if p.dim() <= 1]  # norms and biases do not decay
+    groups = [{"params": matrices, "weight_decay": training.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    common: dict[str, Any] = {
+        "lr": training.learning_rate,
+        "betas": (training.adam_beta1, training.adam_beta2),
+        "eps": training.adam_epsilon,
+    }
+    name = training.optim
+    if name == "paged_adamw_8bit" and device.type != "cuda":
+        say(f"optim: `paged_adamw_8bit` pages between a CUDA device and the host; on {device.type} it is `adamw_8bit`")
+        name = "adamw_8bit"
+    if name == "adamw_torch":
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, **common)
+    else:
+        from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+
+        optimizer = (PagedAdamW8bit if name == "paged_adamw_8bit" else AdamW8bit)(groups, **common)
+    warmup = training.warmup_steps or round(training.warmup_ratio * steps)
+    return optimizer, get_scheduler(training.lr_scheduler_type, optimizer, warmup, steps)
+
+
+def state_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """An optimizer's state as `<parameter>//<key>` -> tensor; numbers become tensors of one element."""
+    return {
+        f"{name}//{key}": (value if isinstance(value, torch.Tensor) else torch.tensor(value)).contiguous()
+        for name, parameter in parameters.items()
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+@torch.no_grad()
+def restore(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Put back what `state_tensors` gave."""
+    kept: dict[str, dict[str, torch.Tensor]] = {}
+    for full_name, tensor in tensors.items():
+        name, _, key = full_name.rpartition("//")
+        kept.setdefault(name, {})[key] = tensor
+    for g, group in enumerate(optimizer.param_groups):
+        for i, parameter in enumerate(group["params"]):
+            name = next(name for name, other in parameters.items() if other is parameter)
+            state = optimizer.state[parameter]
+            if hasattr(optimizer, "init_state"):  # bitsandbytes makes the buffers itself, so that paged ones are paged
+                optimizer.init_state(group, parameter, g, i)
+            for key, tensor in kept.get(name, {}).items():
+                old = state.get(key)
+                if isinstance(old, torch.Tensor):
+                    old.copy_(tensor)
+                elif isinstance(old, int | float):
+                    state[key] = type(old)(tensor.item())
+                else:
+                    on_host = key == "step"  # where torch keeps it
+                    state[key] = tensor.clone() if on_host else tensor.to(parameter.device)
