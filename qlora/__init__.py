@@ -1,10 +1,10 @@
 """qlora: fine-tune language models on consumer GPUs.
 
-    import qlora
+import qlora
 
-    config = qlora.load_recipe("recipes/quickstart.yaml")
-    qlora.train(config)
-    print(qlora.generate(config.training.output_dir, "..."))
+config = qlora.load_recipe("recipes/quickstart.yaml")
+qlora.train(config)
+print(qlora.generate(config.training.output_dir, "..."))
 """
 
 from __future__ import annotations

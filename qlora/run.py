@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from qlora.config import Config
 from qlora.data import chat
 from qlora.data.prepare import Data, prepare
 from qlora.data.show import show
-from qlora.errors import AdapterError, CheckpointError, DataError
+from qlora.errors import AdapterError, CheckpointError, DataError, QLoRAError
 from qlora.evaluate.generation import answer
 from qlora.evaluate.held_out import HeldOut
 from qlora.export import adapter as export
@@ -21,7 +21,7 @@ from qlora.model.adapters import attach, load_adapter, trainable
 from qlora.model.load import Base, load_base
 from qlora.model.source import open_source
 from qlora.recipe import dump_recipe, load_recipe
-from qlora.report.events import EventLog, Events
+from qlora.report.events import EventLog, Events, read_events
 from qlora.report.terminal import Terminal
 from qlora.report.trackers import Trackers
 from qlora.train import checkpoint
@@ -45,13 +45,16 @@ def train(
     source = open_source(config.model)
     tokenizer = source.tokenizer(config.model.trust_remote_code)
     data = prepare(config, tokenizer)  # before the model is loaded: a mistake in a row should not wait for that
-    events = _events(config, output, sinks)
-    with contextlib.closing(events), _warnings_as_notices(events):
+    events = _events(config, output, resume, sinks)
+
+    def say(text: str) -> None:
+        events.emit("notice", text=text)
+
+    with contextlib.closing(events), _warnings_as_notices(say):
         base = load_base(config, source, device)
         _check_vocabulary(data, base)
         model = base.model if config.method == "full" else attach(base.model, config.lora, training.seed)
         model.train()
-        say = lambda text: events.emit("notice", text=text)  # noqa: E731
         step, residency = choose(base.model, config.memory.order, config.memory.loss_chunk_tokens, training.seed, say)
         packing = config.data.packing and step.isolates_documents
         if config.data.packing and not packing:
@@ -75,11 +78,15 @@ def train(
         _say_what_is_left_out(data, say)
         if not resume:
             held_out.answers(0)
-        outcome = loop.run()
+        try:
+            outcome = loop.run()
+        except QLoRAError as error:
+            events.emit("end", **_figures(loop, output, type(error).__name__))
+            raise
         held_out.loss(outcome.progress.step)
         held_out.answers(outcome.progress.step)
-        figures = _figures(outcome, loop, output) | held_out.figures
-        facts = export.facts(figures, data.train.rows.fingerprint, device_name(device))
+        figures = _figures(loop, output, outcome.stopped)
+        facts = export.facts(figures | held_out.figures, data.train.rows.fingerprint, device_name(device))
         export.write(output, model, tokenizer, dump_recipe(config), source.name, source.revision, facts)
         events.emit("end", **figures)
     return outcome
@@ -94,11 +101,12 @@ def generate(adapter: str | Path, prompt: str, *, max_new_tokens: int = 256) -> 
     source = open_source(config.model)
     base = load_base(config, source, pick_device())
     tokenizer = _tokenizer_of(Path(adapter)) or source.tokenizer(config.model.trust_remote_code)
-    model = base.model if config.method == "full" else load_adapter(base.model, str(adapter)).get_base_model()
+    if config.method != "full":
+        load_adapter(base.model, str(adapter))
     chat.set_chat_template(tokenizer, config.data.chat_template)
     layout = "messages" if tokenizer.chat_template else "prompt-completion"
     ids = chat.render_prompt(tokenizer, [{"role": "user", "content": prompt}], format=layout)
-    return answer(model, tokenizer, [ids], chat.end_token_ids(tokenizer), max_new_tokens, batch_size=1)[0]
+    return answer(base.model, tokenizer, [ids], chat.end_token_ids(tokenizer), max_new_tokens, batch_size=1)[0]
 
 
 def show_data(config: Config, samples: int = 3) -> None:
@@ -132,15 +140,19 @@ def _claim(output: Path, resume: bool, overwrite: bool) -> Path:
     return output
 
 
-def _events(config: Config, output: Path, sinks: Sequence[Any] | None) -> Events:
+def _events(config: Config, output: Path, resume: bool, sinks: Sequence[Any] | None) -> Events:
+    log, every = output / "events.jsonl", config.training.logging_steps
     if sinks is None:
-        names = config.training.report_to
-        sinks = [Terminal(), *([Trackers(names, output, config.model_dump()) ] if names else [])]
-    return Events([EventLog(output / "events.jsonl"), *sinks])
+        history = read_events(log) if resume and log.exists() else ()
+        sinks = [Terminal(logging_steps=every, history=history)]
+        if config.training.report_to:
+            # Last, as sinks close last first: what a tracker loses on closing is still logged and printed.
+            sinks.append(Trackers(config.training.report_to, output, config.model_dump(), every))
+    return Events([EventLog(log), *sinks])
 
 
 @contextlib.contextmanager
-def _warnings_as_notices(events: Events) -> Iterator[None]:
+def _warnings_as_notices(say: Callable[[str], None]) -> Iterator[None]:
     """What libraries warn of goes where all news goes, once each, and not across the progress bar."""
     seen: set[str] = set()
 
@@ -148,7 +160,7 @@ def _warnings_as_notices(events: Events) -> Iterator[None]:
         text = str(message)
         if text not in seen and not issubclass(category, DeprecationWarning | FutureWarning):
             seen.add(text)
-            events.emit("notice", text=text)
+            say(text)
 
     with warnings.catch_warnings():
         warnings.showwarning = note
@@ -156,7 +168,7 @@ def _warnings_as_notices(events: Events) -> Iterator[None]:
 
 
 def _check_vocabulary(data: Data, base: Base) -> None:
-    rows = base.model.get_input_embeddings().num_embeddings
+    rows: Any = base.model.get_input_embeddings().num_embeddings
     if data.largest_id >= rows:
         raise DataError(
             f"token id {data.largest_id} is outside the model's vocabulary of {rows}: "
@@ -202,7 +214,7 @@ def _start(config: Config, base: Base, data: Data, loop: Loop) -> dict[str, Any]
     }
 
 
-def _say_what_is_left_out(data: Data, say: Any) -> None:
+def _say_what_is_left_out(data: Data, say: Callable[[str], None]) -> None:
     for side, split in (("training", data.train), ("held-out", data.held_out)):
         if rows := split.tokenized.nothing_to_learn:
             shown = ", ".join(rows[:5]) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
@@ -211,8 +223,8 @@ def _say_what_is_left_out(data: Data, say: Any) -> None:
             say(f"{cut} {side} rows are longer than data.max_seq_length and lose their end")
 
 
-def _figures(outcome: Outcome, loop: Loop, output: Path) -> dict[str, Any]:
-    progress = outcome.progress
+def _figures(loop: Loop, output: Path, stopped: str | None) -> dict[str, Any]:
+    progress = loop.progress
     return {
         "step": progress.step,
         "seconds": progress.seconds,
@@ -221,7 +233,7 @@ def _figures(outcome: Outcome, loop: Loop, output: Path) -> dict[str, Any]:
         "peak_memory_gib": peak_memory_gib(loop.device),
         "memory_kind": memory_kind(loop.device),
         "output_dir": str(output),
-        "stopped": outcome.stopped,
+        "stopped": stopped,
     }
 
 

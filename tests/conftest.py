@@ -31,8 +31,11 @@ ARCHITECTURES = {
     "phi3": SMALL,
     "olmo2": SMALL,
     "gpt_neox": SMALL,
-    "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 128, "n_positions": 64, "eos_token_id": 2} | {
-        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0  # the standard order has no seeds to draw the same masks
+    "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 128, "n_positions": 64, "eos_token_id": 2}
+    | {
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,  # the standard order has no seeds to draw the same masks
     },
     "mixtral": SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2},
 }

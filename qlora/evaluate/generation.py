@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -19,10 +20,11 @@ def answer(
     batch_size: int,
 ) -> list[str]:
     """The most likely answer to each prompt, token by token, until an end token or max_new_tokens."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_ids[0]
+    pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_ids[0]
     how = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=list(end_ids), pad_token_id=pad, use_cache=True
     )
+    generate: Any = model.generate
     answers = [""] * len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # least padding
     with _answering(model):
@@ -34,11 +36,11 @@ def answer(
             for row, i in enumerate(members):  # answers begin where prompts end, so padding goes to the left
                 ids[row, longest - len(prompts[i]) :] = torch.tensor(prompts[i], device=model.device)
                 mask[row, longest - len(prompts[i]) :] = 1
-            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=how)
+            out = generate(input_ids=ids, attention_mask=mask, generation_config=how)
             for row, i in enumerate(members):
                 tokens = out[row, longest:].tolist()
                 ended = next((at for at, token in enumerate(tokens) if token in end_ids), len(tokens))
-                answers[i] = tokenizer.decode(tokens[:ended], skip_special_tokens=True)
+                answers[i] = str(tokenizer.decode(tokens[:ended], skip_special_tokens=True))
     return answers
 
 

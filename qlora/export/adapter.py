@@ -38,7 +38,7 @@ def write(
         for config in model.peft_config.values():
             config.base_model_name_or_path, config.revision = base, revision
     directory.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(directory)
+    model.save_pretrained(str(directory))
     tokenizer.save_pretrained(directory)
     (directory / "recipe.yaml").write_text(recipe, encoding="utf-8")
     (directory / RUN_FILE).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -8,8 +8,6 @@ do (DoRA, merged or several adapters, mixed batches) runs in PEFT's own forward 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,11 +30,11 @@ class FrozenLora(torch.autograd.Function):
     dense    () -> W [out, in]   asked again in the backward, so that no dense weight is kept between the two
 
     Gradients, with g = dL/dy and h = dropped A^T:
-        dL/dB = scaling g^T h        dL/dA = scaling (g B)^T dropped        dL/dx = g W (+ scaling g B A where x = dropped)
+        dL/dB = scaling g^T h      dL/dA = scaling (g B)^T dropped      dL/dx = g W, + scaling g B A where x = dropped
     """
 
     @staticmethod
-    def forward(ctx: Any, x, dropped, A, B, bias, dense, scaling: float) -> torch.Tensor:  # noqa: N803
+    def forward(ctx: Any, x, dropped, A, B, bias, dense, scaling: float) -> torch.Tensor:
         same = dropped is x
         x2, dropped2 = x.reshape(-1, x.shape[-1]), dropped.reshape(-1, x.shape[-1])
         A_, B_ = A.to(x.dtype), B.to(x.dtype)
@@ -143,7 +141,10 @@ def load_adapter(model: PreTrainedModel, path: str, trainable: bool = False) -> 
     Raises AdapterError where there is none, or where it does not fit.
     """
     try:
-        config = _ours(LoraConfig.from_pretrained(path))
+        config = LoraConfig.from_pretrained(path)
+        if not isinstance(config, LoraConfig):
+            raise AdapterError(f"{path}: is {type(config).__name__}, only LoRA is supported")
+        _ours(config)
         return PeftModel.from_pretrained(model, path, config=config, is_trainable=trainable)
     except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
         raise AdapterError(f"{path}: not a LoRA adapter for this base: {error}") from error

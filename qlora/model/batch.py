@@ -32,8 +32,8 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Tokens that are computed on, padding included."""
-        return self.input_ids.numel()
+        """Tokens of documents; padding does not count."""
+        return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
 
     @property
     def supervised(self) -> int:

@@ -28,11 +28,11 @@ from qlora.model.batch import Batch
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-class CannotCut(Exception):  # noqa: N818 - an answer, not an error: the model then trains in the standard order
+class CannotCut(Exception):
     """Why a model cannot be run layer by layer."""
 
 
-class _Arrived(Exception):  # noqa: N818
+class _Arrived(Exception):
     """The model's forward got to the last layer."""
 
 
@@ -85,9 +85,10 @@ class Blocks:
     def __init__(self, model: PreTrainedModel, path: str, gives_tuple: bool) -> None:
         """path: where in `model` the ModuleList of layers is; gives_tuple: whether a layer answers with a tuple."""
         self.model, self.path = model, path
-        self.layers = model.get_submodule(path)
-        last = len(self.layers) - 1
-        self._stand_ins = nn.ModuleList(_StandIn(layer, i == last, gives_tuple) for i, layer in enumerate(self.layers))
+        layers = model.get_submodule(path)
+        assert isinstance(layers, nn.ModuleList)
+        self.layers, last = layers, len(layers) - 1
+        self._stand_ins = [_StandIn(layer, i == last, gives_tuple) for i, layer in enumerate(layers)]
         self.isolates_documents = False  # whether packed documents do not see each other; `cut` finds out
 
     def __len__(self) -> int:
@@ -98,8 +99,9 @@ class Blocks:
         with self._stood_in(), contextlib.suppress(_Arrived):
             self.model(**inputs_of(self.model, batch))
             raise CannotCut("its forward did not come to the last layer")
-        first = self._stand_ins[0]
-        entry = Entry(first.received, [stand_in.arguments for stand_in in self._stand_ins])
+        hidden, arguments = self._stand_ins[0].received, [stand_in.arguments for stand_in in self._stand_ins]
+        assert hidden is not None
+        entry = Entry(hidden, [each for each in arguments if each is not None])
         for stand_in in self._stand_ins:
             stand_in.forget()
         return entry
@@ -128,7 +130,7 @@ class Blocks:
 
     @contextmanager
     def _stood_in(self) -> Iterator[None]:
-        self.model.set_submodule(self.path, self._stand_ins)
+        self.model.set_submodule(self.path, nn.ModuleList(self._stand_ins))
         try:
             yield
         finally:
@@ -172,7 +174,7 @@ def cut(model: PreTrainedModel) -> Blocks:
 
 def _probe(model: PreTrainedModel, tokens: int = 8) -> Batch:
     """A packed micro-batch of two documents with unlike tokens."""
-    vocab = model.get_input_embeddings().num_embeddings
+    vocab: Any = model.get_input_embeddings().num_embeddings
     ids = (torch.arange(2 * tokens, device=model.device) * 7919 + 13) % vocab
     positions = torch.arange(tokens, device=model.device).repeat(2)
     return Batch(ids[None], positions[None], ids[None].clone())

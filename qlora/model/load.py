@@ -10,13 +10,14 @@ import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlora.config import Config
@@ -84,7 +85,7 @@ def _load(
         )
     streaming = StreamingConfig(four_bit)
     try:
-        model, info = type(skeleton).from_pretrained(
+        model, info = cast(Any, type(skeleton)).from_pretrained(
             None,
             config=skeleton.config,
             state_dict=tensors,
@@ -137,7 +138,6 @@ def _generation_config(source: Source, model: PreTrainedModel) -> GenerationConf
     return GenerationConfig.from_model_config(model.config)
 
 
-@register_quantization_config(METHOD)
 class StreamingConfig(QuantizationConfigMixin):
     """What `StreamingQuantizer` is told through `from_pretrained`, and what it answers.
 
@@ -146,12 +146,11 @@ class StreamingConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, four_bit: FourBit | None = None, **_: Any) -> None:
-        self.quant_method = METHOD
+        self.quant_method = cast(Any, METHOD)  # transformers' own are an enumeration
         self.four_bit = four_bit
         self.misfits: list[str] = []
 
 
-@register_quantizer(METHOD)
 class StreamingQuantizer(HfQuantizer):
     """Quantizes each linear layer's weight, and each stack of experts, when it arrives.
 
@@ -159,15 +158,15 @@ class StreamingQuantizer(HfQuantizer):
     """
 
     requires_calibration = False
-    quantization_config: StreamingConfig
 
     def __init__(self, quantization_config: StreamingConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        self.config = quantization_config
         self._targets: set[str] = set()
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        if self.quantization_config.four_bit is not None:
-            kept = tuple(self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules))
+        if self.config.four_bit is not None:
+            kept = tuple(self.get_modules_to_not_convert(model, None, list(model._keep_in_fp32_modules or ())))
             self._targets = {name for name in _quantizable(model) if not name.startswith(kept)}
         return model
 
@@ -175,7 +174,7 @@ class StreamingQuantizer(HfQuantizer):
         return param_name in self._targets
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _Quantize(self.quantization_config)
+        return _Quantize(self.config)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         # What the model is made of is no business of its config: an adapter's base is the 16-bit checkpoint.
@@ -222,7 +221,11 @@ class _Quantize(ConversionOps):
             if dense.shape != expected:
                 self.config.misfits.append(f"{name} is {list(dense.shape)}, the configuration has {list(expected)}")
             quantize_(module, leaf, dense, self.config.four_bit)
-            module._is_hf_initialized = True  # type: ignore[assignment]
+            cast(Any, module)._is_hf_initialized = True  # or transformers draws new weights for it
             if missing_keys is not None:
                 missing_keys.discard(name)
         return {}
+
+
+register_quantization_config(METHOD)(StreamingConfig)
+register_quantizer(METHOD)(StreamingQuantizer)

@@ -40,7 +40,7 @@ class TokenLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor):  # type: ignore[override]
         (gradient,) = ctx.saved_tensors
-        return (gradient * g).to(ctx.dtype), None
+        return gradient.mul_(g).to(ctx.dtype), None  # in place: a loss goes backward once
 
 
 def head_loss(
@@ -73,5 +73,6 @@ def head_loss(
         total += loss.detach()
         if gradient is not None:
             loss.backward()
+            assert part.grad is not None
             gradient[here] = part.grad
     return total, None if gradient is None else gradient.view_as(hidden)

@@ -1,8 +1,8 @@
 """A base model's files: where they are, whether they are whole, and their tensors one at a time.
 
-A source is a hub id, a directory with safetensors, or a .gguf file. A tensor is read when it is asked for and belongs to
-whoever asked, so that a checkpoint passes through the host one tensor at a time. Only safetensors and GGUF are read:
-neither can carry code.
+A source is a hub id, a directory with safetensors, or a .gguf file. A tensor is read when it is asked for and belongs
+to whoever asked, so that a checkpoint passes through the host one tensor at a time. Only safetensors and GGUF are
+read: neither can carry code.
 """
 
 from __future__ import annotations

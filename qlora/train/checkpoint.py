@@ -88,7 +88,7 @@ def load(
 ) -> Progress:
     """Put a checkpoint back into the trained weights and the optimizer.
 
-    Raises CheckpointError where it is incomplete, or of a run on another base, adapter or data; then nothing is changed.
+    Raises CheckpointError, and changes nothing, where it is incomplete or of a run on another base, adapter or data.
     """
     try:
         state = json.loads((path / STATE).read_text())
@@ -112,9 +112,7 @@ def _differences(theirs: Any, ours: Any, key: str = "") -> list[str]:
     if isinstance(theirs, dict) and isinstance(ours, dict):
         keys = sorted(theirs.keys() | ours.keys())
         return [
-            line
-            for k in keys
-            for line in _differences(theirs.get(k), ours.get(k), f"{key}.{k}" if key else str(k))
+            line for k in keys for line in _differences(theirs.get(k), ours.get(k), f"{key}.{k}" if key else str(k))
         ]
     return [] if theirs == ours else [f"{key}: `{theirs}` there, `{ours}` here"]
 

@@ -162,20 +162,19 @@ class Loop:
             tokens=self.progress.tokens + result.tokens,
             seconds=self.progress.seconds + seconds,
         )
-        if number % self.training.logging_steps == 0 or number in (1, self.schedule.steps):
-            self.emit(
-                "step",
-                step=number,
-                epoch=epoch + behind / self.schedule.sizes[epoch],
-                loss=result.loss,
-                learning_rate=learning_rate,
-                grad_norm=norm,
-                tokens=self.progress.tokens,
-                supervised=result.supervised,
-                step_seconds=seconds,
-                tokens_per_second=result.tokens / seconds,
-                memory_gib=memory_gib(self.device),
-            )
+        self.emit(
+            "step",
+            step=number,
+            epoch=epoch + behind / self.schedule.sizes[epoch],
+            loss=result.loss,
+            learning_rate=learning_rate,
+            grad_norm=norm,
+            tokens=self.progress.tokens,
+            supervised=result.supervised,
+            step_seconds=seconds,
+            tokens_per_second=result.tokens / seconds,
+            memory_gib=memory_gib(self.device),
+        )
         return result.loss
 
     def _clip(self, result: StepResult, batches: Sequence[Batch], number: int) -> float:

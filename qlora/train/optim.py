@@ -36,7 +36,7 @@ def build(
     if name == "adamw_torch":
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, **common)
     else:
-        from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+        from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
 
         optimizer = (PagedAdamW8bit if name == "paged_adamw_8bit" else AdamW8bit)(groups, **common)
     warmup = training.warmup_steps or round(training.warmup_ratio * steps)
@@ -61,12 +61,13 @@ def restore(
     for full_name, tensor in tensors.items():
         name, _, key = full_name.rpartition("//")
         kept.setdefault(name, {})[key] = tensor
+    init_state = getattr(optimizer, "init_state", None)  # bitsandbytes'
     for g, group in enumerate(optimizer.param_groups):
         for i, parameter in enumerate(group["params"]):
             name = next(name for name, other in parameters.items() if other is parameter)
             state = optimizer.state[parameter]
-            if hasattr(optimizer, "init_state"):  # bitsandbytes makes the buffers itself, so that paged ones are paged
-                optimizer.init_state(group, parameter, g, i)
+            if init_state is not None:  # it makes the buffers itself, so that paged ones are paged
+                init_state(group, parameter, g, i)
             for key, tensor in kept.get(name, {}).items():
                 old = state.get(key)
                 if isinstance(old, torch.Tensor):

@@ -24,8 +24,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from qlora.model.batch import Batch
 from qlora.errors import ModelError
+from qlora.model.batch import Batch
 from qlora.model.blocks import Blocks, CannotCut, cut, inputs_of
 from qlora.model.loss import TokenLoss, head_loss
 from qlora.model.residency import Residency, Resident
@@ -33,7 +33,13 @@ from qlora.model.residency import Residency, Resident
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """loss: mean over the step's supervised tokens; losses: each micro-batch's share of it; tokens and supervised: counts."""
+    """What one optimizer step saw.
+
+    loss        mean over the supervised tokens of all micro-batches
+    losses      each micro-batch's share of it
+    tokens      of documents, padding aside
+    supervised  carried loss
+    """
 
     loss: float
     losses: tuple[float, ...]
@@ -153,7 +159,8 @@ class MicroBatchMajor:
         positions, targets = batch.targets()
         logits = self.model(**inputs_of(self.model, batch)).logits.flatten(0, 1)
         chunks = zip(positions.split(self.loss_chunk), targets.split(self.loss_chunk), strict=True)
-        return sum(TokenLoss.apply(logits[here], expected) for here, expected in chunks) / supervised
+        losses = [TokenLoss.apply(logits[here], expected) for here, expected in chunks]
+        return torch.stack(losses).sum() / supervised
 
 
 Step = LayerMajor | MicroBatchMajor
@@ -176,7 +183,9 @@ def choose(
             return LayerMajor(blocks, residency, loss_chunk, seed), residency
         except CannotCut as reason:
             if order == "layer-major":
-                raise ModelError(f"memory.order: layer-major, but {type(model).__name__} cannot be cut: {reason}") from None
+                raise ModelError(
+                    f"memory.order: layer-major, but {type(model).__name__} cannot be cut: {reason}"
+                ) from None
             say(f"{type(model).__name__} trains in the standard order: {reason}")
     return MicroBatchMajor(model, loss_chunk, seed), Resident(nn.ModuleList([model]))
 

@@ -34,7 +34,9 @@ def test_nf4_error_is_what_bitsandbytes_own_tests_state(double_quant):
         assert abs(error.mean() - 0.072798) < 7 * sigma
 
 
-@pytest.mark.parametrize("four_bit", [FP32, FourBit("nf4", False), FourBit("fp4"), FourBit(compute_dtype=torch.float16)])
+@pytest.mark.parametrize(
+    "four_bit", [FP32, FourBit("nf4", False), FourBit("fp4"), FourBit(compute_dtype=torch.float16)]
+)
 def test_the_dense_weight_is_bitsandbytes_own(four_bit):
     module, dense = quantized(four_bit=four_bit)
     packed, state = bnb.quantize_4bit(

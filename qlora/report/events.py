@@ -1,0 +1,184 @@
+"""Events: what a run says about itself, once, to everyone who listens.
+
+An event is a plain dict that JSON can hold. `event` is its kind, `time` is when, in unix seconds.
+
+    start       steps (optimizer steps of the whole run), first_step (0, or the step resumed from), method, model,
+                order ("layer-major" | "standard"), parameters, trainable, four_bit_share (0..1), base_gib,
+                load_seconds, device, optimizer, rows, tokens_per_epoch, supervised_per_epoch, epochs
+    step        step (from 1), epoch, loss, learning_rate, grad_norm, tokens (so far), supervised (this step),
+                step_seconds, tokens_per_second, memory_gib
+    evaluation  step, eval_loss, eval_tokens, seconds
+    generation  step (0 before training), exact_match (0..1), rows, correct, seconds,
+                samples: [{prompt, expected, got}]
+    checkpoint  step, path, seconds
+    notice      text: a decision worth a line
+    end         step, seconds, tokens, tokens_per_second, peak_memory_gib, memory_kind ("host RSS" | "VRAM"),
+                output_dir, stopped (null | "interrupted" | what went wrong)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from qlora.errors import QLoRAError, TrainingError
+
+Event = dict[str, Any]
+Sink = Callable[[Event], None]  # one that has to be closed has a close() too
+
+
+class Degraded(Exception):
+    """Raised by a sink that goes on with less. The run goes on too, and the text is told to every sink as a notice."""
+
+
+class Events:
+    """Sends each event to all sinks, in their order.
+
+    A sink that fails keeps nobody else from an event: the others get it first, then the failure is raised and ends the
+    run, because a run that cannot be logged or seen is not the one that was asked for. What a run can do without (a
+    tracker's server, a reader at the other end of a pipe) is for the sink to say, by raising `Degraded`.
+    """
+
+    def __init__(self, sinks: Iterable[Sink]) -> None:
+        self._sinks = list(sinks)
+
+    def emit(self, kind: str, /, **fields: Any) -> Event:
+        """Stamp the time, send, return the event."""
+        event = {"event": kind, "time": time.time(), **fields}
+        notices: list[str] = []
+        failure: Exception | None = None
+        for sink in self._sinks:
+            try:
+                sink(event)
+            except Degraded as lost:
+                notices.append(str(lost))
+            except Exception as error:
+                if failure is None:
+                    failure = error
+                else:
+                    failure.add_note(f"another sink failed as well: {type(error).__name__}: {error}")
+        for text in notices:
+            self.emit("notice", text=text)
+        if failure is not None:
+            raise failure
+        return event
+
+    def close(self) -> None:
+        """Close the sinks, the last first; the ones before it can still be told that this failed."""
+        with ExitStack() as stack:
+            for _ in self._sinks:
+                stack.callback(self._close_last)
+
+    def __enter__(self) -> Events:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _close_last(self) -> None:
+        close = getattr(self._sinks.pop(), "close", None)
+        try:
+            if close is not None:
+                close()
+        except Degraded as lost:
+            self.emit("notice", text=str(lost))
+
+
+class EventLog:
+    """The sink that is a file: one line of strict JSON an event, flushed, so that a killed run has said all it did.
+
+    JSON has no word for a number that is not finite; it is written as "nan", "inf" or "-inf", which float() reads.
+    An existing log is continued. If the process that wrote it died inside a line, that line is cut off first.
+
+    Raises TrainingError where the file cannot be written.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("ab")
+            if size := self.path.stat().st_size:
+                whole = _whole_lines(self.path.read_bytes())
+                if len(whole) < size:
+                    self._file.truncate(len(whole))
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def __call__(self, event: Event) -> None:
+        line = json.dumps(_finite(event), ensure_ascii=False, allow_nan=False)
+        try:
+            # Half a surrogate pair, as a model can emit it, has no UTF-8; Python's escape for it is JSON's too.
+            self._file.write(line.encode("utf-8", "backslashreplace") + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _unwritable(self, error: OSError) -> TrainingError:
+        return TrainingError(f"{self.path}: the event log cannot be written: {error.strerror or error}")
+
+
+def read_events(path: str | Path) -> list[Event]:
+    """All events of a log in the order they were written, without a last line that was not finished.
+
+    Raises QLoRAError naming file and line.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise QLoRAError(f"{path}: the event log cannot be read: {error.strerror or error}") from error
+    events = []
+    for number, line in enumerate(_whole_lines(data).split(b"\n")[:-1], start=1):
+        try:
+            event = json.loads(line)
+        except ValueError:
+            event = None
+        if not isinstance(event, dict) or "event" not in event:
+            raise QLoRAError(f"{path}:{number}: is not an event")
+        events.append(event)
+    return events
+
+
+def timeline(events: Iterable[Event]) -> list[Event]:
+    """The events that still hold, of a log that several attempts wrote to.
+
+    A start takes back what earlier attempts said of the steps after its first_step; one from step 0 takes back all.
+    """
+    kept: list[Event] = []
+    for event in events:
+        if event["event"] == "start":
+            first = event["first_step"]
+            kept = [earlier for earlier in kept if earlier.get("step", 0) <= first] if first else []
+        kept.append(event)
+    return kept
+
+
+def steps(events: Iterable[Event]) -> list[Event]:
+    """The step events that still hold, the newest for each step, by step."""
+    newest = {event["step"]: event for event in timeline(events) if event["event"] == "step"}
+    return [newest[step] for step in sorted(newest)]
+
+
+def due(step: int, last: int, logging_steps: int) -> bool:
+    """Whether a sink that tells only some steps tells this one: every `logging_steps`-th, and the last."""
+    return step % logging_steps == 0 or step == last
+
+
+def _whole_lines(data: bytes) -> bytes:
+    return data[: data.rfind(b"\n") + 1]
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
