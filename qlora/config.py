@@ -9,30 +9,22 @@ What no single field can rule out is a `Contradiction`; each section lists its o
 finds the contradictions of every section that is otherwise well formed.
 """
 
-import json
 from collections.abc import Iterator
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NamedTuple, Self, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import BeforeValidator, Field, model_validator
+
+from qlora.section import Contradiction, Section
 
 __all__ = [
     "Config",
-    "Contradiction",
-    "ContradictionError",
     "DataConfig",
     "DatasetConfig",
-    "Knob",
     "LoraSection",
     "MemoryConfig",
     "ModelConfig",
     "QuantizationConfig",
-    "Section",
     "TrainingConfig",
-    "alternatives",
-    "fields_of",
-    "knobs",
 ]
 
 Dtype = Literal["bfloat16", "float16", "float32"]
@@ -58,41 +50,6 @@ Optim = Annotated[Optimizer, BeforeValidator(_optimizer, json_schema_input_type=
 Trackers = Annotated[
     list[Tracker], BeforeValidator(_trackers, json_schema_input_type=list[Tracker] | Tracker | Literal["none"])
 ]
-
-
-class Contradiction(NamedTuple):
-    """Values that are each fine and do not go together. `key` is dotted, relative to the section that found it."""
-
-    key: str
-    message: str
-    hint: str = ""
-
-
-class ContradictionError(ValueError):
-    """The contradictions of one section. A ValueError, because that is what pydantic collects into its own report."""
-
-    def __init__(self, *found: Contradiction) -> None:
-        super().__init__("; ".join(f"{each.message} ({each.hint})" if each.hint else each.message for each in found))
-        self.found = found
-
-
-class Section(BaseModel):
-    """A frozen group of knobs that rejects unknown keys, coerced values and numbers that are not finite."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=False, protected_namespaces=()
-    )
-
-    def contradictions(self) -> Iterator[Contradiction]:
-        """What is wrong between fields that are each right. Depends on values only, never on which were spelled out:
-        whatever `model_dump` gives must load again."""
-        return iter(())
-
-    @model_validator(mode="after")
-    def _has_no_contradictions(self) -> Self:
-        if found := tuple(self.contradictions()):
-            raise ContradictionError(*found)
-        return self
 
 
 class ModelConfig(Section):
@@ -480,60 +437,3 @@ class Config(Section):
                         f"`training.{key}` needs held-out rows and there are none",
                         "name them in `data.eval_datasets`, or hold some out with `data.eval_fraction`",
                     )
-
-
-class Knob(NamedTuple):
-    """A row of the README's table. All four are text ready to print; `default` is as a recipe would spell it."""
-
-    key: str
-    type: str
-    default: str
-    meaning: str
-
-
-def alternatives(annotation: Any) -> list[str]:
-    """The kinds of value that an annotation admits, in plain words: `str | list[int] | None` -> text, list of whole
-    numbers, null.
-
-    Each comes without an article, so that a table and a sentence can both use it.
-    """
-    origin, args = get_origin(annotation), get_args(annotation)
-    if origin in (Union, UnionType):
-        return [words for arg in args for words in alternatives(arg)]
-    if origin is Annotated:
-        examples = [str(e) for meta in args[1:] if isinstance(meta, FieldInfo) for e in meta.examples or ()]
-        return [f"text like `{examples[0]}`"] if examples else alternatives(args[0])
-    if origin is Literal:
-        *most, last = [f"`{value}`" for value in args]
-        return [f"{', '.join(most)} or {last}" if most else last]
-    if origin is list:
-        element = " or ".join(alternatives(args[0]))
-        return [f"list of {element}" + ("s" if element.endswith(("number", "section")) else "")]
-    if origin is dict:
-        return [f"mapping of text to {' or '.join(alternatives(args[1]))}"]
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return ["section"]
-    return [{str: "text", int: "whole number", float: "number", bool: "true or false", NoneType: "null"}[annotation]]
-
-
-def fields_of(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every field under a section, sections themselves included, by dotted key; `[]` stands for an index of a list."""
-    for name, field in section.model_fields.items():
-        key = f"{prefix}{name}"
-        yield key, field
-        inner, suffix = field.annotation, "."
-        if get_origin(inner) is list:
-            inner, suffix = get_args(inner)[0], "[]."
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            yield from fields_of(inner, key + suffix)
-
-
-def knobs() -> Iterator[Knob]:
-    """Every knob of a recipe, in the order of the sections above. Sections are not knobs; `data.eval_datasets` says
-    that it has the shape of `data.datasets` and is not spelled out again."""
-    for key, field in fields_of(Config):
-        kinds = alternatives(field.annotation)
-        if kinds == ["section"] or key.startswith("data.eval_datasets[]"):
-            continue
-        default = "required" if field.is_required() else json.dumps(field.get_default(call_default_factory=True))
-        yield Knob(key, " or ".join(kinds), default.replace('"', ""), field.description or "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from qlora.config import Config
 from qlora.data import chat
 from qlora.data.prepare import Data, prepare
 from qlora.data.show import show
-from qlora.errors import AdapterError, CheckpointError, DataError, QLoRAError
+from qlora.errors import AdapterError, CheckpointError, DataError, QLoRAError, TrainingError
 from qlora.evaluate.generation import answer
 from qlora.evaluate.held_out import HeldOut
 from qlora.export import adapter as export
@@ -35,16 +36,18 @@ def train(
     """Fine-tune as the recipe says; what comes of it lies in `training.output_dir`.
 
     resume     go on from the newest checkpoint there
-    overwrite  remove what an earlier run left there
+    overwrite  remove what an earlier run left there, once the recipe's data was read without an error
     sinks      who hears of events beside `events.jsonl`; None: the terminal and the recipe's trackers
 
     Raises a QLoRAError for whatever a user can mend.
     """
     training, device = config.training, pick_device()
-    output = _claim(Path(training.output_dir), resume, overwrite)
+    output = Path(training.output_dir)
+    _refuse_to_mix(output, resume, overwrite)
     source = open_source(config.model)
     tokenizer = source.tokenizer(config.model.trust_remote_code)
     data = prepare(config, tokenizer)  # before the model is loaded: a mistake in a row should not wait for that
+    _make_room(output, overwrite and not resume)
     events = _events(config, output, resume, sinks)
 
     def say(text: str) -> None:
@@ -83,8 +86,9 @@ def train(
         except QLoRAError as error:
             events.emit("end", **_figures(loop, output, type(error).__name__))
             raise
-        held_out.loss(outcome.progress.step)
-        held_out.answers(outcome.progress.step)
+        if not outcome.stopped:  # who asked it to stop does not want to wait for these
+            held_out.loss(outcome.progress.step)
+            held_out.answers(outcome.progress.step)
         figures = _figures(loop, output, outcome.stopped)
         facts = export.facts(figures | held_out.figures, data.train.rows.fingerprint, device_name(device))
         export.write(output, model, tokenizer, dump_recipe(config), source.name, source.revision, facts)
@@ -124,20 +128,33 @@ def show_data(config: Config, samples: int = 3) -> None:
     )
 
 
-def _claim(output: Path, resume: bool, overwrite: bool) -> Path:
-    """The output directory, made; refused where it would mix two runs."""
-    earlier = checkpoint.checkpoints(output) if output.is_dir() else []
-    if earlier and not resume and not overwrite:
+def _refuse_to_mix(output: Path, resume: bool, overwrite: bool) -> None:
+    """Two runs in one directory, or a run to resume where there is none, are the user's to sort out."""
+    earlier = checkpoint.checkpoints(output)
+    if resume and not earlier:
+        raise CheckpointError(f"{output}: has no checkpoint to resume from; without --resume the run starts there")
+    if (earlier or export.is_there(output)) and not resume and not overwrite:
+        newest = f" (its newest checkpoint is {earlier[-1].name})" if earlier else ""
+        going_on = "--resume goes on with it, " if earlier else ""
         raise CheckpointError(
-            f"{output}: holds a run already (its newest checkpoint is {earlier[-1].name})\n"
-            "  --resume goes on with it, --overwrite removes it; or set another training.output_dir"
+            f"{output}: holds a run already{newest}\n"
+            f"  {going_on}--overwrite removes it; or set another training.output_dir"
         )
-    if overwrite and not resume:
-        export.clear(output, f"{checkpoint.PREFIX}*")
-        (output / "events.jsonl").unlink(missing_ok=True)
-    output.mkdir(parents=True, exist_ok=True)
-    export.clear(output, ".*.unfinished")
-    return output
+
+
+def _make_room(output: Path, overwrite: bool) -> None:
+    """Make the output directory, without what a killed run left unfinished, or without all of an earlier one."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        leftover = list(output.glob(checkpoint.UNFINISHED))
+        if overwrite:
+            leftover += checkpoint.checkpoints(output)
+            (output / "events.jsonl").unlink(missing_ok=True)
+            export.remove(output)
+        for path in leftover:
+            shutil.rmtree(path)
+    except OSError as error:
+        raise TrainingError(f"{output}: training.output_dir cannot be used: {error.strerror}") from error
 
 
 def _events(config: Config, output: Path, resume: bool, sinks: Sequence[Any] | None) -> Events:

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from qlora import recipe
-from qlora.config import Config, DatasetConfig, LoraSection, QuantizationConfig, TrainingConfig, fields_of, knobs
+from qlora.complaints import NEEDLESS, RENAMED, RENAMED_IN_ROW
+from qlora.config import Config, DatasetConfig, LoraSection, QuantizationConfig, TrainingConfig
 from qlora.errors import Problem, QLoRAError, RecipeError
+from qlora.knobs import fields_of, knobs
 from qlora.recipe import dump_recipe, load_recipe, parse_recipe
 
 MINIMAL = "model: {model_name_or_path: base}\ndata: {datasets: [{path: rows.jsonl}]}\n"  # two lines
@@ -247,10 +248,10 @@ def test_what_needs_no_knob_says_so_instead_of_suggesting_another():
 
 def test_every_name_from_elsewhere_leads_to_a_knob_and_hides_none():
     known = {key: key.rpartition(".")[2] for key, _ in fields_of(Config)}
-    assert set(recipe.RENAMED.values()) <= known.keys()
-    assert set(recipe.RENAMED_IN_ROW.values()) <= DatasetConfig.model_fields.keys()
+    assert set(RENAMED.values()) <= known.keys()
+    assert set(RENAMED_IN_ROW.values()) <= DatasetConfig.model_fields.keys()
     names = {leaf for key, leaf in known.items() if "[]" not in key}
-    assert names.isdisjoint(recipe.RENAMED) and names.isdisjoint(recipe.NEEDLESS)
+    assert names.isdisjoint(RENAMED) and names.isdisjoint(NEEDLESS)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from jinja2 import TemplateError
 
-from qlora.data.source import Conversation, Problems
+from qlora.data.formats import Conversation
+from qlora.data.problems import Problems
 from qlora.errors import DataError
 from qlora.model.batch import IGNORE_INDEX
 

@@ -36,7 +36,7 @@ class Data:
         return of
 
     def held_out_batches(self, packing: bool) -> Batches:
-        """The held-out rows, in their order. A pack holds max_seq_length tokens, since attention grows with its square."""
+        """The held-out rows, in order; a pack holds max_seq_length tokens, as attention grows with its square."""
         size = 1 if packing and self.config.data.packing else self.config.training.per_device_eval_batch_size
         return self._batches(self.held_out, packing, size, None)
 

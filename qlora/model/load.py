@@ -215,7 +215,7 @@ class _Quantize(ConversionOps):
         assert model is not None and self.config.four_bit is not None
         for name, value in input_dict.items():
             dense = value[0] if isinstance(value, list) else value
-            path, _, leaf = name.rpartition(".")
+            path, leaf = name.rpartition(".")[::2]
             module = model.get_submodule(path)
             expected = getattr(module, leaf).shape
             if dense.shape != expected:

@@ -93,16 +93,16 @@ def open_source(section: ModelConfig) -> Source:
         return Source(name, path, None, _safetensors_in(path, name), None)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name:
         raise ModelError(f"{name}: no such directory, and not a hub id (`user/model`) either")
-    directory, revision = _download(name, section.revision)
+    directory, revision = _download(name, section.revision, section.trust_remote_code)
     return Source(name, directory, None, _safetensors_in(directory, name), revision)
 
 
-def _download(name: str, revision: str | None) -> tuple[Path, str]:
+def _download(name: str, revision: str | None, with_code: bool) -> tuple[Path, str]:
     """Fetch what is not in the hub's cache yet; returns where it is, and the commit."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", *(["*.py"] if with_code else [])]
     try:
         directory = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except LocalEntryNotFoundError as error:
@@ -193,13 +193,12 @@ def _gguf_tensors(path: Path, skeleton: PreTrainedModel) -> Mapping[str, Any]:
         TENSOR_PROCESSORS,
         TensorProcessor,
         get_gguf_hf_weights_map,
-        load_gguf_checkpoint,
     )
 
     try:
         reader = GGUFReader(path)
         architecture = str(reader.fields["general.architecture"].contents())
-        processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(load_gguf_checkpoint(str(path))["config"])
+        processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(skeleton.config.to_dict())
         names = get_gguf_hf_weights_map(skeleton, processor)
     except (ValueError, KeyError, IndexError, OSError, NotImplementedError) as error:
         raise ModelError(f"{path}: truncated, or not a GGUF file that transformers can read: {error}") from error

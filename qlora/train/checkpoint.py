@@ -26,6 +26,7 @@ from qlora.errors import CheckpointError
 from qlora.train import optim
 
 PREFIX = "checkpoint-"
+UNFINISHED = f".{PREFIX}*.unfinished"  # what a killed save leaves
 STATE, WEIGHTS, OPTIMIZER = "state.json", "weights.safetensors", "optimizer.safetensors"
 
 
@@ -49,12 +50,14 @@ def save(
     """Write `directory/checkpoint-<step>`, then remove all but the newest `keep`.
 
     identity  what makes the run this run (base, data, adapter); compared on resume
+
+    Raises CheckpointError, and leaves what was there, where it cannot be written.
     """
     path = directory / f"{PREFIX}{progress.step}"
     unfinished = directory / f".{path.name}.{os.getpid()}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
     try:
+        unfinished.mkdir(parents=True)
         save_file({name: p.detach().contiguous() for name, p in parameters.items()}, unfinished / WEIGHTS)
         save_file(optim.state_tensors(optimizer, parameters), unfinished / OPTIMIZER)
         state = {"progress": asdict(progress), "identity": identity}
@@ -65,9 +68,10 @@ def save(
             shutil.rmtree(path)
         unfinished.rename(path)
         _flush(directory)
-    except BaseException:
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be written: {error}") from error
+    finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise
     if keep is not None:
         for old in checkpoints(directory)[:-keep]:
             shutil.rmtree(old)
@@ -93,11 +97,11 @@ def load(
     try:
         state = json.loads((path / STATE).read_text())
         weights, optimizer_state = load_file(path / WEIGHTS), load_file(path / OPTIMIZER)
-        progress = Progress(**state["progress"])
+        progress, theirs = Progress(**state["progress"]), state["identity"]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{path}: not a whole checkpoint: {error}") from error
     # Through JSON, as the other one was: tuples are lists there.
-    if differing := _differences(state["identity"], json.loads(json.dumps(identity))):
+    if differing := _differences(theirs, json.loads(json.dumps(identity))):
         raise CheckpointError(f"{path}: belongs to another run\n" + "\n".join(f"  {line}" for line in differing))
     if weights.keys() != parameters.keys():
         raise CheckpointError(f"{path}: holds other weights than this run trains")

@@ -11,6 +11,7 @@ import math
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -59,7 +60,8 @@ class Schedule:
                 if share <= 0:
                     break
             sizes.append(len(epochs(epoch)))
-            steps += math.ceil(math.ceil(sizes[-1] / k) * share)
+            # Rounded, as 1.1 - 1 is a little more than 0.1, and that little would be a step.
+            steps += math.ceil(round(math.ceil(sizes[-1] / k) * share, 6))
         return cls(tuple(sizes), k, min(steps, training.max_steps) if training.max_steps > 0 else steps)
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
@@ -117,8 +119,11 @@ class Loop:
         if not found:
             raise CheckpointError(f"{self.training.output_dir}: has no checkpoint to resume from")
         self.progress = checkpoint.load(found[-1], self.parameters, self.optimizer, self.identity)
-        for _ in range(self.progress.step):
-            self.scheduler.step()
+        with warnings.catch_warnings():
+            # torch misses optimizer steps before these: they were another process's.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            for _ in range(self.progress.step):
+                self.scheduler.step()
         return self.progress
 
     def run(self) -> Outcome:
@@ -127,20 +132,20 @@ class Loop:
         Raises NonFiniteLossError; the last checkpoint is then the one before.
         """
         losses: list[float] = []
-        saved = self.progress.step
         with _stop_requested() as requested:
             for epoch, first, behind in itertools.islice(self.schedule, self.progress.step, None):
                 losses.append(self._take(epoch, first, behind))
                 step, last = self.progress.step, self.progress.step == self.schedule.steps
-                if _due(self.training.save_steps, step) or last or requested():
+                save = last or _due(self.training.save_steps, step)
+                if save:
                     self._save()
-                    saved = step
-                if requested():
-                    break
-                if self.evaluate and _due(self.training.eval_steps, step) and not last:
+                if self.evaluate and _due(self.training.eval_steps, step) and not last and not requested():
                     self.evaluate(step)
+                if requested():  # asked once, as the answer may change at any time
+                    if not save:
+                        self._save()
+                    break
         stopped = "interrupted" if self.progress.step < self.schedule.steps else None
-        assert saved == self.progress.step
         return Outcome(self.progress, tuple(losses), stopped)
 
     def _take(self, epoch: int, first: int, behind: int) -> float:

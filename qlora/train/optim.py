@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +11,9 @@ from torch import nn
 from transformers import get_scheduler
 
 from qlora.config import TrainingConfig
+
+# bitsandbytes' tables of 8-bit codes: one tensor that all parameters share, and that it makes anew itself
+_CONSTANTS = ("qmap1", "qmap2")
 
 
 def build(
@@ -39,7 +43,7 @@ def build(
         from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
 
         optimizer = (PagedAdamW8bit if name == "paged_adamw_8bit" else AdamW8bit)(groups, **common)
-    warmup = training.warmup_steps or round(training.warmup_ratio * steps)
+    warmup = training.warmup_steps or math.ceil(training.warmup_ratio * steps)  # rounded as transformers does
     return optimizer, get_scheduler(training.lr_scheduler_type, optimizer, warmup, steps)
 
 
@@ -49,6 +53,7 @@ def state_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.
         f"{name}//{key}": (value if isinstance(value, torch.Tensor) else torch.tensor(value)).contiguous()
         for name, parameter in parameters.items()
         for key, value in optimizer.state[parameter].items()
+        if key not in _CONSTANTS
     }
 
 

@@ -56,8 +56,7 @@ class LayerMajor:
         """loss_chunk: tokens whose logits stand at a time; seed: of dropout."""
         self.blocks, self.residency, self.loss_chunk, self.seed = blocks, residency, loss_chunk, seed
         inside = {id(p) for p in blocks.layers.parameters()}
-        outside = [p for p in blocks.model.parameters() if id(p) not in inside]
-        self._prologue_trains = any(p.requires_grad for p in outside)
+        self._outside_trains = any(p.requires_grad for p in blocks.model.parameters() if id(p) not in inside)
 
     @property
     def isolates_documents(self) -> bool:
@@ -73,7 +72,7 @@ class LayerMajor:
         blocks, last = self.blocks, len(self.blocks) - 1
         supervised = sum(batch.supervised for batch in batches)
         with _reproducible(blocks.model.device):
-            with torch.set_grad_enabled(self._prologue_trains):
+            with torch.set_grad_enabled(self._outside_trains):
                 entries = [blocks.prologue(batch) for batch in batches]
             # acts[j]: the boundary activations of micro-batch j, the newest last
             acts = [[entry.hidden.detach()] for entry in entries]
@@ -87,7 +86,7 @@ class LayerMajor:
             for i in range(last, -1, -1):
                 with self.residency.visit(i):
                     for j, entry in enumerate(entries):
-                        x = acts[j].pop().requires_grad_(i > 0 or self._prologue_trains)
+                        x = acts[j].pop().requires_grad_(i > 0 or entry.hidden.requires_grad)
                         self._seed(step, i, j)
                         with torch.enable_grad():
                             y = blocks.layer(i, x, entry)
@@ -100,8 +99,8 @@ class LayerMajor:
                         if y.requires_grad:
                             y.backward(grads[j])
                         grads[j] = x.grad
-            if self._prologue_trains:
-                for entry, grad in zip(entries, grads, strict=True):
+            for entry, grad in zip(entries, grads, strict=True):
+                if entry.hidden.requires_grad:
                     entry.hidden.backward(grad)
         return _result(losses, batches, supervised)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from qlora.data.chat import Example, Tokenized, end_token_ids, render_prompt, set_chat_template, tokenize
-from qlora.data.source import Conversation
+from qlora.data.formats import Conversation
 from qlora.errors import DataError
 from qlora.model.batch import IGNORE_INDEX
 from tests.data.conftest import CHATML, FAMILIES, GEMMA, build_tokenizer, family_tokenizer

@@ -12,8 +12,9 @@ from rich.console import Console
 
 from qlora.config import DataConfig
 from qlora.data.chat import tokenize
+from qlora.data.formats import Conversation
 from qlora.data.show import Split, duplicates, histogram, show, stretches
-from qlora.data.source import Conversation, Rows, read_splits
+from qlora.data.source import Rows, read_splits
 from tests.data.conftest import FAMILIES, family_tokenizer
 
 

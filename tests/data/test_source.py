@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora.config import DataConfig, DatasetConfig
-from qlora.data.source import Conversation, detect, read, read_splits, text_fingerprint
+from qlora.data.formats import Conversation, detect
+from qlora.data.source import read, read_splits, text_fingerprint
 from qlora.errors import DataError
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]

@@ -201,15 +201,16 @@ def test_both_orders_agree(method, checkpoint, recipe):
         assert torch.allclose(expected[name], found[name], atol=1e-5 * expected[name].abs().max(), rtol=1e-3), name
 
 
-def test_a_trained_head_and_embedding_get_their_gradients(checkpoint, recipe):
-    peft_model, model = adapted(recipe(checkpoint("llama"), lora={"modules_to_save": ["embed_tokens", "lm_head"]}))
+@pytest.mark.parametrize("trained", [["embed_tokens", "lm_head"], ["lm_head"], ["embed_tokens"]], ids=" and ".join)
+def test_a_trained_head_or_embedding_gets_its_gradient(trained, checkpoint, recipe):
+    peft_model, model = adapted(recipe(checkpoint("llama"), lora={"modules_to_save": trained}))
     batches = [random_batch(2, seed=j) for j in range(2)]
     layer_major(model)(batches)
     expected = gradients(peft_model)
     MicroBatchMajor(model, loss_chunk=1024)(batches)
     found = gradients(peft_model)
     saved = [name for name in expected if "embed_tokens" in name or "lm_head" in name]
-    assert len(saved) == 2
+    assert len(saved) == len(trained)
     for name in saved:
         assert torch.allclose(expected[name], found[name], atol=1e-5 * expected[name].abs().max(), rtol=1e-3), name
 

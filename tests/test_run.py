@@ -1,0 +1,377 @@
+"""The main path, whole: recipe in, adapter out, on tiny models; and what it does when it is stopped or cannot go on."""
+
+import json
+import math
+import shutil
+import signal
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+import qlora
+from qlora import run
+from qlora.config import Config
+from qlora.errors import CheckpointError, DataError, NonFiniteLossError, TrainingError
+from qlora.report.events import read_events
+from tests import tiny
+
+
+def train(config, *more, **how):
+    """A run, and all that it told. more: further sinks."""
+    events = []
+    return run.train(config, sinks=[events.append, *more], **how), events
+
+
+def of(events, kind):
+    return [event for event in events if event["event"] == kind]
+
+
+def changed(config, **sections):
+    """The same recipe with some values changed: changed(config, lora={"r": 16}), changed(config, method="full")."""
+    values = config.model_dump(mode="json")
+    for name, change in sections.items():
+        values[name] = values[name] | change if isinstance(change, dict) else change
+    return Config.model_validate(values)
+
+
+def signalling(number, at):
+    """A sink that sends this process a signal in the middle of step `at`."""
+
+    def sink(event):
+        if event["event"] == "step" and event["step"] == at:
+            signal.raise_signal(number)
+
+    return sink
+
+
+# --- stopped and resumed
+
+
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit"])
+def test_stopped_and_resumed_is_bit_for_bit_as_if_it_had_never_stopped(optim, packing, checkpoint, tmp_path):
+    def config(name):
+        (tmp_path / name).mkdir()
+        return tiny.recipe(
+            tiny.chat_model(checkpoint),
+            tmp_path / name,
+            lora={"r": 32, "lora_dropout": 0.3},  # of rank 32 some matrices are large enough for 8-bit state
+            data={"packing": packing, "eval_fraction": 0.2},
+            training={
+                "optim": optim,
+                "per_device_train_batch_size": 1 if packing else 2,
+                "gradient_accumulation_steps": 1,
+                "num_train_epochs": 2.5,
+                "lr_scheduler_type": "cosine",
+            },
+        )
+
+    straight, broken = config("straight"), config("broken")
+    whole, expected = train(straight)
+    first, events = train(broken, signalling(signal.SIGINT, 2))
+    second, more = train(broken, signalling(signal.SIGTERM, 5), resume=True)
+    third, rest = train(broken, resume=True)
+
+    assert [each.stopped for each in (whole, first, second, third)] == [None, "interrupted", "interrupted", None]
+    assert [each.progress.step for each in (first, second, third)] == [2, 5, whole.progress.step]
+    assert [event["first_step"] for event in of([*events, *more, *rest], "start")] == [0, 2, 5]
+    found = of([*events, *more, *rest], "step")
+    assert {math.ceil(event["epoch"]) for event in found} == {1, 2, 3}
+    for key in ("step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "supervised"):
+        assert [event[key] for event in found] == [event[key] for event in of(expected, "step")], key
+    assert of(rest, "evaluation")[0]["eval_loss"] == of(expected, "evaluation")[0]["eval_loss"]
+    there, here = (tmp_path / name / "out" for name in ("straight", "broken"))
+    assert (there / "adapter_model.safetensors").read_bytes() == (here / "adapter_model.safetensors").read_bytes()
+    assert not of([*events, *more, *rest], "notice")  # nothing about it is worth a word
+    if optim == "adamw_8bit":
+        with safe_open(here / "checkpoint-5" / "optimizer.safetensors", framework="pt") as f:
+            kept = {f.get_slice(key).get_dtype() for key in f.keys() if key.endswith("state1")}  # noqa: SIM118
+        assert kept == {"U8", "F32"}
+
+
+def test_an_interrupted_run_leaves_its_adapter_and_does_not_make_anyone_wait_for_an_evaluation(checkpoint, tmp_path):
+    config = tiny.recipe(
+        tiny.chat_model(checkpoint),
+        tmp_path,
+        data={"eval_fraction": 0.2},
+        training={"num_train_epochs": 3.0, "eval_steps": 1, "predict_with_generate": True},
+    )
+    _, events = train(config, signalling(signal.SIGINT, 2))
+    assert [event["step"] for event in of(events, "evaluation")] == [1]
+    assert [event["step"] for event in of(events, "generation")] == [0]
+    assert of(events, "end")[0]["stopped"] == "interrupted"
+    assert isinstance(qlora.generate(tmp_path / "out", "Who?", max_new_tokens=2), str)
+
+
+@pytest.fixture(scope="module")
+def halfway(checkpoint, tmp_path_factory):
+    """The recipe of a run of four steps that was stopped in the second."""
+    directory = tmp_path_factory.mktemp("halfway")
+    config = tiny.recipe(tiny.chat_model(checkpoint), directory, training={"num_train_epochs": 2.0})
+    train(config, signalling(signal.SIGINT, 2))
+    return config
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"method": "full"}, "  method: `lora` there, `full` here"),
+        ({"lora": {"r": 4}}, "  lora.r: `8` there, `4` here"),
+        ({"data": {"max_seq_length": 40}}, "  data.max_seq_length: `64` there, `40` here"),
+        ({"training": {"seed": 7}}, "  training.seed: `42` there, `7` here"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_a_run_on_another_base_adapter_or_data_is_not_resumed(change, said, halfway):
+    with pytest.raises(CheckpointError, match="checkpoint-2: belongs to another run") as raised:
+        train(changed(halfway, **change), resume=True)
+    assert said in str(raised.value).splitlines()
+
+
+def test_a_run_whose_base_or_rows_were_exchanged_is_not_resumed(halfway, tmp_path):
+    other_base = shutil.copytree(halfway.model.model_name_or_path, tmp_path / "other")
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", [*tiny.PAIRS[:-1], ("Who?", "Bob")])
+    other = changed(halfway, model={"model_name_or_path": str(other_base)}, data={"datasets": [{"path": str(rows)}]})
+    with pytest.raises(CheckpointError) as raised:
+        train(other, resume=True)
+    keys = [line.split(":")[0].strip() for line in str(raised.value).splitlines()[1:]]
+    assert keys == ["model.model_name_or_path", "rows"]
+
+
+def test_a_run_is_resumed_with_another_learning_rate_and_more_epochs(halfway, tmp_path):
+    output = shutil.copytree(halfway.training.output_dir, tmp_path / "out")
+    longer = changed(
+        halfway,
+        training={
+            "output_dir": str(output),
+            "num_train_epochs": 4.0,
+            "learning_rate": 0.5,
+            "lr_scheduler_type": "constant",
+            "warmup_ratio": 0.0,
+        },
+    )
+    outcome, events = train(longer, resume=True)
+    assert outcome.stopped is None
+    assert [event["step"] for event in of(events, "step")] == [3, 4, 5, 6, 7, 8]
+    assert {event["learning_rate"] for event in of(events, "step")} == {0.5}
+
+
+def test_without_a_checkpoint_there_is_nothing_to_resume_and_nothing_is_made(checkpoint, tmp_path):
+    config = tiny.recipe(tiny.chat_model(checkpoint), tmp_path)
+    with pytest.raises(CheckpointError, match="has no checkpoint to resume from; without --resume the run starts"):
+        train(config, resume=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_truncated_checkpoint_is_named(file, halfway, tmp_path):
+    output = shutil.copytree(halfway.training.output_dir, tmp_path / "out")
+    broken = output / "checkpoint-2" / file
+    broken.write_bytes(broken.read_bytes()[:-20])
+    with pytest.raises(CheckpointError, match="checkpoint-2: not a whole checkpoint: ") as raised:
+        train(changed(halfway, training={"output_dir": str(output)}), resume=True)
+    assert str(output) in str(raised.value)
+
+
+def test_what_a_killed_save_left_is_cleaned_away(halfway, tmp_path):
+    output = shutil.copytree(halfway.training.output_dir, tmp_path / "out")
+    left = output / ".checkpoint-3.4711.unfinished"
+    left.mkdir()
+    (left / "weights.safetensors").write_bytes(b"half")
+    train(changed(halfway, training={"output_dir": str(output)}), resume=True)
+    assert [path.name for path in output.iterdir() if path.name.startswith(".")] == []
+
+
+# --- a directory with an earlier run
+
+
+def test_two_runs_do_not_mix_in_one_directory(halfway, tmp_path):
+    with pytest.raises(CheckpointError, match="holds a run already") as raised:
+        train(halfway)
+    hint = str(raised.value).splitlines()[1]
+    assert "--resume goes on with it, --overwrite removes it" in hint
+    output = shutil.copytree(halfway.training.output_dir, tmp_path / "out")
+    shutil.rmtree(output / "checkpoint-2")  # an adapter is worth as much without the checkpoints it came from
+    with pytest.raises(CheckpointError, match="holds a run already\n  --overwrite removes it"):
+        train(changed(halfway, training={"output_dir": str(output)}))
+
+
+def test_overwriting_leaves_nothing_of_the_earlier_run(halfway, tmp_path):
+    output = shutil.copytree(halfway.training.output_dir, tmp_path / "out")
+    (output / "notes.txt").write_text("mine")
+    config = changed(halfway, method="full", training={"output_dir": str(output), "max_steps": 1})
+    train(config, overwrite=True)
+    names = {path.name for path in output.iterdir()}
+    assert names.isdisjoint({"checkpoint-2", "adapter_config.json", "adapter_model.safetensors"})
+    assert names > {"notes.txt", "checkpoint-1", "model.safetensors", "config.json"}
+    assert [event["step"] for event in read_events(output / "events.jsonl") if event["event"] == "step"] == [1]
+    assert isinstance(qlora.generate(output, "Who?", max_new_tokens=2), str)
+
+
+def test_a_mistake_in_the_data_costs_nobody_an_earlier_run(halfway, tmp_path):
+    output = shutil.copytree(halfway.training.output_dir, tmp_path / "out")
+    before = sorted(output.rglob("*"))
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "Who?"}\n')
+    config = changed(halfway, data={"datasets": [{"path": str(bad)}]}, training={"output_dir": str(output)})
+    with pytest.raises(DataError):
+        train(config, overwrite=True)
+    assert sorted(output.rglob("*")) == before
+
+
+def test_an_output_directory_that_cannot_be_made_is_said(checkpoint, tmp_path):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(TrainingError, match=r"out: training\.output_dir cannot be used: File exists"):
+        train(tiny.recipe(tiny.chat_model(checkpoint), tmp_path))
+
+
+# --- what is not right with the rows
+
+
+def test_a_loss_that_is_not_finite_names_step_and_row_and_keeps_the_last_checkpoint(checkpoint, tmp_path):
+    model = shutil.copytree(tiny.chat_model(checkpoint), tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    *others, last = [
+        set(
+            tokenizer.apply_chat_template([{"role": "user", "content": asked}, {"role": "assistant", "content": said}])[
+                "input_ids"
+            ]
+        )
+        for asked, said in tiny.PAIRS
+    ]
+    weights = load_file(model / "model.safetensors")
+    weights["model.embed_tokens.weight"][list(last.difference(*others))] = math.nan
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    config = tiny.recipe(
+        model,
+        tmp_path,
+        data={"packing": False},
+        training={"per_device_train_batch_size": 1, "save_steps": 1, "seed": 0},  # 0 puts that row into step 2
+    )
+    events = []
+    with pytest.raises(NonFiniteLossError) as raised:
+        run.train(config, sinks=[events.append])
+    assert str(raised.value).splitlines()[:2] == [
+        "step 2: the loss is nan; no weight was changed by it",
+        f"  rows of this step: {tmp_path}/rows.jsonl:7",
+    ]
+    assert [event["step"] for event in of(events, "step")] == [1]
+    assert events[-1]["event"] == "end" and events[-1]["stopped"] == "NonFiniteLossError"
+    assert read_events(tmp_path / "out" / "events.jsonl")[-1] == events[-1]
+    saved = load_file(tmp_path / "out" / "checkpoint-1" / "weights.safetensors")
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+
+
+def test_rows_with_nothing_to_learn_and_rows_that_are_cut_are_told_of_before_the_first_step(checkpoint, tmp_path):
+    pairs = [*tiny.PAIRS, ("What is your name? " * 10, "Ada"), ("Who?", "Ada " * 40)]
+    _, events = train(tiny.recipe(tiny.chat_model(checkpoint), tmp_path, pairs=pairs))
+    told = [event["text"] for event in events[: events.index(of(events, "step")[0])] if event["event"] == "notice"]
+    assert told == [
+        f"1 training rows have no token to learn and are left out: {tmp_path}/rows.jsonl:8",
+        "1 training rows are longer than data.max_seq_length and lose their end",
+    ]
+
+
+def test_a_tokenizer_of_another_model_is_said(checkpoint, tmp_path):
+    model = shutil.copytree(checkpoint("llama"), tmp_path / "model")  # with a vocabulary of 128
+    AutoTokenizer.from_pretrained(tiny.chat_model(checkpoint)).save_pretrained(model)
+    with pytest.raises(DataError, match=r"is outside the model's vocabulary of 128: the tokenizer of .*model is not"):
+        train(tiny.recipe(model, tmp_path))
+
+
+# --- what comes of it
+
+
+def test_the_loss_of_a_step_does_not_depend_on_how_its_rows_are_cut_into_micro_batches(checkpoint, tmp_path):
+    pairs = [(f"{asked} {number}", said) for number in range(3) for asked, said in tiny.PAIRS][:16]
+    losses, adapters = [], []
+    for size, k in ((8, 1), (4, 2), (2, 4), (1, 8)):
+        directory = tmp_path / f"{size}x{k}"
+        directory.mkdir()
+        config = tiny.recipe(
+            tiny.chat_model(checkpoint),
+            directory,
+            pairs=pairs,
+            data={"packing": False},
+            training={
+                "per_device_train_batch_size": size,
+                "gradient_accumulation_steps": k,
+                "num_train_epochs": 3.0,
+                "learning_rate": 1e-3,
+            },
+        )
+        outcome, _ = train(config)
+        losses.append(outcome.losses)
+        adapters.append(load_file(directory / "out" / "adapter_model.safetensors"))
+    assert len(losses[0]) == 6
+    for other, adapter in zip(losses[1:], adapters[1:], strict=True):
+        # Six steps of fp32 sums in other orders; a mean of means would be off by several percent.
+        assert other == pytest.approx(losses[0], rel=1e-4)
+        for name, tensor in adapter.items():
+            # AdamW makes a whole step of a gradient's sign, so an entry whose gradient is all rounding may differ.
+            off = (tensor - adapters[0][name]).abs()
+            assert off.mean() < 0.01 * tensor.abs().mean(), name
+
+
+@pytest.mark.parametrize(("method", "learning_rate"), [("qlora", 1e-2), ("lora", 1e-2), ("full", 3e-3)])
+def test_a_model_that_learned_its_rows_by_heart_says_them_and_stops(method, learning_rate, checkpoint, tmp_path):
+    held_out = tiny.write_rows(tmp_path / "held_out.jsonl")
+    config = tiny.recipe(
+        tiny.chat_model(checkpoint),
+        tmp_path,
+        method,
+        data={"eval_datasets": [{"path": str(held_out)}]},
+        training={
+            "num_train_epochs": 20.0,
+            "learning_rate": learning_rate,
+            "predict_with_generate": True,
+            "generation_max_length": 60,  # twice the longest answer: one that does not stop is wrong
+        },
+    )
+    _, events = train(config)
+    before, after = of(events, "generation")
+    assert (before["step"], before["correct"], before["rows"]) == (0, 0, len(tiny.PAIRS))
+    assert (after["correct"], after["exact_match"]) == (len(tiny.PAIRS), 1.0)
+    for asked, said in tiny.PAIRS[2:4]:
+        assert qlora.generate(tmp_path / "out", asked, max_new_tokens=60) == said
+    measured = json.loads((tmp_path / "out" / "run.json").read_text())["measured"]
+    assert (measured["exact_match_before"], measured["exact_match"]) == (0.0, 1.0)
+
+
+def test_every_step_is_an_event_with_all_its_figures(checkpoint, tmp_path):
+    outcome, told = train(tiny.recipe(tiny.chat_model(checkpoint), tmp_path, training={"num_train_epochs": 2.0}))
+    events = read_events(tmp_path / "out" / "events.jsonl")
+    assert events == told
+    assert [event["event"] for event in events] == ["start", *["step"] * 4, "checkpoint", "end"]
+    start, *taken, _, end = events
+    assert [event["step"] for event in taken] == [1, 2, 3, 4]
+    assert start["steps"] == 4 and start["first_step"] == 0 and start["order"] == "layer-major"
+    assert start["rows"] == len(tiny.PAIRS) and start["trainable"] > 0 == start["four_bit_share"]
+    assert [event["loss"] for event in taken] == list(outcome.losses)
+    figures = {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "supervised", "step_seconds"}
+    for event in taken:
+        assert event.keys() == figures | {"event", "time", "tokens_per_second", "memory_gib"}
+        assert all(math.isfinite(event[key]) for key in event.keys() - {"event"})
+    assert [taken[1]["tokens"], taken[3]["tokens"]] == [start["tokens_per_epoch"], 2 * start["tokens_per_epoch"]]
+    assert sum(event["supervised"] for event in taken) == 2 * start["supervised_per_epoch"]
+    assert (end["step"], end["tokens"], end["stopped"]) == (4, taken[3]["tokens"], None)
+    assert end["peak_memory_gib"] >= taken[3]["memory_gib"] > 0 and end["memory_kind"] == "host RSS"
+
+
+def test_from_python_it_takes_four_lines(checkpoint, tmp_path, monkeypatch, capsys):
+    (tmp_path / "recipe.yaml").write_text(tiny.recipe_text(tiny.chat_model(checkpoint), tmp_path))
+    monkeypatch.chdir(tmp_path)
+    import_and_use = """
+import qlora
+config = qlora.load_recipe("recipe.yaml", ["training.max_steps=1"])
+outcome = qlora.train(config)
+answer = qlora.generate(config.training.output_dir, "Who?", max_new_tokens=4)
+"""
+    left = {}
+    exec(import_and_use, left)
+    assert left["outcome"].progress.step == 1 and isinstance(left["answer"], str)
+    assert "step 1" in capsys.readouterr().out  # the terminal, as nobody asked for another sink
+    assert torch.is_grad_enabled()  # a notebook goes on afterwards
