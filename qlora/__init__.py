@@ -34,7 +34,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(ModuleType):
-    """`qlora.train` is the function, whoever has imported from the folder of that name, which Python would put there."""
+    """Keeps `qlora.train` the function: Python puts the folder of that name there once somebody imports from it."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if name not in _HOMES or not isinstance(value, ModuleType):

@@ -44,14 +44,22 @@ def test_the_newest_are_kept_by_their_number(tmp_path):
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10", "checkpoint-11"]
 
 
+SAVING = {  # what a save calls, and how many of these calls are done before the one that fails
+    "weights": (checkpoint, "save_file", 0),
+    "optimizer": (checkpoint, "save_file", 1),
+    "flush": (checkpoint, "_flush", 2),
+    "rename": (checkpoint.Path, "rename", 0),
+}
+
+
 @pytest.mark.parametrize("error", [OSError("No space left on device"), KeyboardInterrupt()], ids=["disk", "ctrl-c"])
-@pytest.mark.parametrize("file", ["weights", "optimizer", "the flush"])
+@pytest.mark.parametrize("during", SAVING)
 def test_a_save_that_fails_leaves_nothing_under_the_final_name_and_the_one_before_as_it_was(
-    file, error, tmp_path, monkeypatch
+    during, error, tmp_path, monkeypatch
 ):
     before = saved(tmp_path, 3)
-    name, after = ("_flush", 2) if file == "the flush" else ("save_file", 0 if file == "weights" else 1)
-    real, calls = getattr(checkpoint, name), []
+    home, name, after = SAVING[during]
+    real, calls = getattr(home, name), []
 
     def fails(*arguments):
         calls.append(arguments)
@@ -59,7 +67,7 @@ def test_a_save_that_fails_leaves_nothing_under_the_final_name_and_the_one_befor
             raise error
         return real(*arguments)
 
-    monkeypatch.setattr(checkpoint, name, fails)
+    monkeypatch.setattr(home, name, fails)
     expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else CheckpointError
     with pytest.raises(expected) as raised:
         saved(tmp_path, 4)

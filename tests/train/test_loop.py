@@ -3,11 +3,12 @@
 import math
 import signal
 import threading
+from decimal import Decimal
 from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 from transformers import TrainingArguments, get_scheduler
@@ -62,6 +63,7 @@ def steps(events, key="step"):
     k=st.integers(1, 9),
     epochs=st.decimals(min_value="0.01", max_value=6, places=2),
 )
+@example(sizes=10, k=1, epochs=Decimal("1.1"))  # 1.1 - 1 is a little more than 0.1
 def test_epochs_are_taken_in_order_and_a_fraction_of_one_is_rounded_up_to_whole_steps(sizes, k, epochs):
     training = TrainingConfig(num_train_epochs=float(epochs), gradient_accumulation_steps=k)
     schedule = Schedule.of(training, lambda _: range(sizes))
