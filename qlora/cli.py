@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from qlora.errors import QLoRAError
 
@@ -81,7 +83,7 @@ def _train(options: argparse.Namespace) -> int:
     from qlora.recipe import load_recipe
 
     config = load_recipe(options.recipe, options.overrides)  # a typo is answered before torch is imported
-    from qlora import run
+    run = _run()
 
     outcome = run.train(config, resume=options.resume, overwrite=options.overwrite)
     return 130 if outcome.stopped else 0
@@ -91,18 +93,30 @@ def _data(options: argparse.Namespace) -> int:
     from qlora.recipe import load_recipe
 
     config = load_recipe(options.recipe, options.overrides)
-    from qlora import run
+    run = _run()
 
     run.show_data(config, options.samples)
     return 0
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from qlora import run
+    run = _run()
 
     prompt = sys.stdin.read().strip() if options.prompt == "-" else options.prompt
     print(run.generate(options.adapter, prompt, max_new_tokens=options.max_new_tokens))
     return 0
+
+
+def _run() -> Any:
+    """The module that does the work, and the libraries under it, told to keep to what concerns the user."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional CPU kernel at each start
+    from qlora import run
+
+    if not sys.stderr.isatty():  # in a log a moving bar is thousands of lines
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+    return run
 
 
 def _schema(_: argparse.Namespace) -> int:

@@ -104,10 +104,12 @@ def generate(adapter: str | Path, prompt: str, *, max_new_tokens: int = 256) -> 
     config = _recipe_of(Path(adapter))
     source = open_source(config.model)
     base = load_base(config, source, pick_device())
-    tokenizer = _tokenizer_of(Path(adapter)) or source.tokenizer(config.model.trust_remote_code)
+    tokenizer = _tokenizer_of(Path(adapter))  # with the template that the adapter was trained with
+    if tokenizer is None:
+        tokenizer = source.tokenizer(config.model.trust_remote_code)
+        chat.set_chat_template(tokenizer, config.data.chat_template)
     if config.method != "full":
         load_adapter(base.model, str(adapter))
-    chat.set_chat_template(tokenizer, config.data.chat_template)
     layout = "messages" if tokenizer.chat_template else "prompt-completion"
     ids = chat.render_prompt(tokenizer, [{"role": "user", "content": prompt}], format=layout)
     return answer(base.model, tokenizer, [ids], chat.end_token_ids(tokenizer), max_new_tokens, batch_size=1)[0]

@@ -3,11 +3,13 @@
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from qlora.config import Config
 from qlora.model.batch import IGNORE_INDEX, Batch
 
 torch.set_num_threads(1)  # threads cost more than they bring at these sizes
+disable_progress_bar()  # or what a test reads from stderr depends on which test made a model first
 
 SMALL = {
     "hidden_size": 64,
