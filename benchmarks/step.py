@@ -87,7 +87,7 @@ def ours(model: str, device: torch.device, k: int, tokens: int) -> tuple[Forward
     )
     base = load_base(config, open_source(config.model), device)
     adapted = attach(base.model, config.lora, SEED).train()
-    step, _ = choose(base.model, "auto", config.memory.loss_chunk_tokens, SEED, print)
+    step, _ = choose(base.model, config.memory, SEED, print)
     batches = []
     for ids in random_tokens(base.model.config.vocab_size, k, tokens, device):
         labels = ids.clone()

@@ -399,6 +399,12 @@ class MemoryConfig(Section):
         ge=1,
         description="Tokens whose logits stand at one time; the peak of the loss is this x vocabulary size.",
     )
+    micro_batch_tokens: int = Field(
+        default=1024,
+        ge=0,
+        description="Unpadded micro-batches of one length are computed together while they hold at most so many "
+        "tokens: the same sum in fewer, larger matrix products; 0 = each alone.",
+    )
     order: Literal["auto", "layer-major", "standard"] = Field(
         default="auto",
         description="Order of a step: all micro-batches through one layer at a time, or all layers for one micro-batch "

@@ -58,7 +58,7 @@ def train(
         _check_vocabulary(data, base)
         model = base.model if config.method == "full" else attach(base.model, config.lora, training.seed)
         model.train()
-        step, residency = choose(base.model, config.memory.order, config.memory.loss_chunk_tokens, training.seed, say)
+        step, residency = choose(base.model, config.memory, training.seed, say)
         packing = config.data.packing and step.isolates_documents
         if config.data.packing and not packing:
             say("rows are padded, not packed: this model would let packed documents see each other")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GgufConfig
 
-from qlora.config import Config
+from qlora.config import Config, MemoryConfig
 from qlora.data.chat import end_token_ids, render_prompt
 from qlora.evaluate.generation import answer
 from qlora.model.adapters import attach, trainable
@@ -63,7 +63,7 @@ def test_it_loads_in_four_bits_is_cut_and_has_the_gradients_of_the_standard_orde
     for name, parameter in trainable(peft_model).items():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.01)
-    step, _ = choose(base.model, "layer-major", 1024, 0, print)
+    step, _ = choose(base.model, MemoryConfig(order="layer-major", micro_batch_tokens=0), 0, print)
     assert step.isolates_documents
     batches = [random_batch(1, 40, vocab=49_152, seed=j) for j in range(3)]
     standard = standard_order(base.model, step.blocks, batches)

@@ -188,8 +188,8 @@ class Loop:
         norm = torch.nn.utils.get_total_norm(grads)
         value = norm.item()
         if not math.isfinite(result.loss) or not math.isfinite(value):
-            suspects = [b for b, loss in zip(batches, result.losses, strict=True) if not math.isfinite(loss)] or batches
-            rows = [row for batch in suspects for row in batch.rows]
+            bad = [where for where, loss in zip(result.rows, result.losses, strict=True) if not math.isfinite(loss)]
+            rows = [row for where in bad or result.rows for row in where]
             shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
             what = f"the loss is {result.loss}" if not math.isfinite(result.loss) else f"the gradient's norm is {value}"
             raise NonFiniteLossError(

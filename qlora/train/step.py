@@ -24,8 +24,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from qlora.config import MemoryConfig
 from qlora.errors import ModelError
-from qlora.model.batch import Batch
+from qlora.model.batch import Batch, join
 from qlora.model.blocks import Blocks, CannotCut, cut, inputs_of
 from qlora.model.loss import TokenLoss, head_loss
 from qlora.model.residency import Residency, Resident
@@ -36,13 +37,15 @@ class StepResult:
     """What one optimizer step saw.
 
     loss        mean over the supervised tokens of all micro-batches
-    losses      each micro-batch's share of it
+    losses      the share of it of each micro-batch, as it was computed
+    rows        where each of those comes from
     tokens      of documents, padding aside
     supervised  carried loss
     """
 
     loss: float
     losses: tuple[float, ...]
+    rows: tuple[tuple[str, ...], ...]
     tokens: int
     supervised: int
 
@@ -52,9 +55,16 @@ class LayerMajor:
 
     order = "layer-major"
 
-    def __init__(self, blocks: Blocks, residency: Residency, loss_chunk: int, seed: int = 0) -> None:
-        """loss_chunk: tokens whose logits stand at a time; seed: of dropout."""
+    def __init__(
+        self, blocks: Blocks, residency: Residency, loss_chunk: int, seed: int = 0, joined_tokens: int = 0
+    ) -> None:
+        """
+        loss_chunk     tokens whose logits stand at a time
+        seed           of dropout
+        joined_tokens  neighbouring micro-batches are computed as one up to so many tokens; 0: each alone
+        """
         self.blocks, self.residency, self.loss_chunk, self.seed = blocks, residency, loss_chunk, seed
+        self.joined_tokens = joined_tokens
         inside = {id(p) for p in blocks.layers.parameters()}
         self._outside_trains = any(p.requires_grad for p in blocks.model.parameters() if id(p) not in inside)
 
@@ -70,6 +80,7 @@ class LayerMajor:
         step     number of the optimizer step; with the seed it fixes every dropout mask
         """
         blocks, last = self.blocks, len(self.blocks) - 1
+        batches = join(batches, self.joined_tokens)
         supervised = sum(batch.supervised for batch in batches)
         with _reproducible(blocks.model.device):
             with torch.set_grad_enabled(self._outside_trains):
@@ -166,32 +177,35 @@ Step = LayerMajor | MicroBatchMajor
 
 
 def choose(
-    model: PreTrainedModel, order: str, loss_chunk: int, seed: int, say: Callable[[str], None]
+    model: PreTrainedModel, memory: MemoryConfig, seed: int, say: Callable[[str], None]
 ) -> tuple[Step, Residency]:
     """The step for a model, and where its layers live.
 
-    order  "layer-major", "standard", or "auto": layer-major where the model can be cut
-    say    is told in a line where "auto" comes down on "standard"
+    memory  the recipe's section: its `order` is "layer-major", "standard", or "auto", layer-major where it can be had
+    seed    of dropout
+    say     is told in a line where "auto" comes down on "standard"
 
     Raises ModelError where "layer-major" is asked for and cannot be had.
     """
-    if order != "standard":
+    if memory.order != "standard":
         try:
             blocks = cut(model)
             residency = Resident(blocks.layers)
-            return LayerMajor(blocks, residency, loss_chunk, seed), residency
+            step = LayerMajor(blocks, residency, memory.loss_chunk_tokens, seed, memory.micro_batch_tokens)
+            return step, residency
         except CannotCut as reason:
-            if order == "layer-major":
+            if memory.order == "layer-major":
                 raise ModelError(
                     f"memory.order: layer-major, but {type(model).__name__} cannot be cut: {reason}"
                 ) from None
             say(f"{type(model).__name__} trains in the standard order: {reason}")
-    return MicroBatchMajor(model, loss_chunk, seed), Resident(nn.ModuleList([model]))
+    return MicroBatchMajor(model, memory.loss_chunk_tokens, seed), Resident(nn.ModuleList([model]))
 
 
 def _result(losses: list[torch.Tensor], batches: Sequence[Batch], supervised: int) -> StepResult:
     shares = tuple(torch.stack(losses).tolist())
-    return StepResult(sum(shares), shares, sum(batch.tokens for batch in batches), supervised)
+    rows = tuple(batch.rows for batch in batches)
+    return StepResult(sum(shares), shares, rows, sum(batch.tokens for batch in batches), supervised)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qlora.config import TrainingConfig
+from qlora.config import MemoryConfig, TrainingConfig
 from qlora.data.chat import Example, end_token_ids, render_prompt
 from qlora.data.packing import batches
 from qlora.evaluate import held_out
@@ -44,7 +44,7 @@ def adapted(checkpoint, recipe):
 def held(adapted, order="layer-major", size=3, packing=False, rows=(), questions=(), **training):
     """A HeldOut over rows in micro-batches, and the events it will tell."""
     base, tokenizer = adapted
-    step, residency = choose(base, order, 1024, 0, print)
+    step, residency = choose(base, MemoryConfig(order=order), 0, print)
     cut = batches(rows, max_seq_length=64, per_device_train_batch_size=size, pad_token_id=0, packing=packing, seed=None)
     events = []
     config = TrainingConfig(**training)

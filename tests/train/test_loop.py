@@ -34,7 +34,8 @@ class Bowl:
             parameter.grad = parameter.detach().clone()
         loss = sum(0.5 * p.detach().square().sum().item() for p in self.parameters.values())
         shares = tuple(loss / len(batches) for _ in batches)
-        return StepResult(sum(shares), shares, 12 * len(batches), 7 * len(batches))
+        rows = tuple(batch.rows for batch in batches)
+        return StepResult(sum(shares), shares, rows, 12 * len(batches), 7 * len(batches))
 
 
 def looped(tmp_path, step=None, on=lambda event: None, batches=4, evaluate=None, **training):
@@ -151,7 +152,7 @@ def test_what_is_not_finite_stops_the_run_before_it_reaches_a_weight(what, tmp_p
                 self.parameters["vector"].grad[1] = math.inf
                 return result
             self.parameters["vector"].grad[1] = math.nan
-            return StepResult(math.nan, (1.0, math.nan), result.tokens, result.supervised)
+            return StepResult(math.nan, (1.0, math.nan), result.rows, result.tokens, result.supervised)
 
     step, before = Breaks(), {}
 

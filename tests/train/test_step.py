@@ -5,6 +5,7 @@ import torch
 from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from qlora.config import MemoryConfig
 from qlora.errors import ModelError
 from qlora.model.adapters import attach, trainable
 from qlora.model.batch import Batch
@@ -170,6 +171,19 @@ def test_packed_documents_train_as_separate_ones_do(architecture, checkpoint, re
         assert torch.allclose(expected[name], found[name], atol=1e-4 * expected[name].abs().max(), rtol=1e-3), name
 
 
+def test_micro_batches_of_one_shape_are_computed_together_and_give_the_same_gradients(checkpoint, recipe):
+    peft_model, model = adapted(recipe(checkpoint("qwen3")))
+    apart = layer_major(model)
+    together = LayerMajor(apart.blocks, apart.residency, 1024, joined_tokens=30)
+    batches = [random_batch(1, tokens, seed=j) for j, tokens in enumerate((12, 12, 12, 9, 12))]
+    expected_loss, expected = apart(batches).loss, gradients(peft_model)
+    result, found = together(batches), gradients(peft_model)
+    assert result.loss == pytest.approx(expected_loss, rel=1e-6)
+    assert result.rows == (("row0.0", "row1.0"), ("row2.0",), ("row3.0",), ("row4.0",))
+    for name in expected:
+        assert torch.allclose(expected[name], found[name], atol=1e-5 * expected[name].abs().max(), rtol=1e-4), name
+
+
 def test_padding_changes_nothing(checkpoint, recipe):
     peft_model, model = adapted(recipe(checkpoint("llama")))
     step, short, long = layer_major(model), random_batch(1, 7, seed=1), random_batch(1, 11, seed=2)
@@ -229,13 +243,13 @@ def test_a_model_that_cannot_be_cut_trains_in_the_standard_order_and_says_so():
     with pytest.raises(CannotCut):
         cut(model)
     said = []
-    step, _ = choose(model, "auto", 1024, 0, said.append)
+    step, _ = choose(model, MemoryConfig(), 0, said.append)
     assert step.order == "standard"
     assert "TwiceThrough trains in the standard order" in said[0]
     assert step([random_batch()]).loss > 0
     assert model.model.layers[0].mlp.up_proj.weight.grad.abs().max() > 0
     with pytest.raises(ModelError, match="cannot be cut"):
-        choose(model, "layer-major", 1024, 0, said.append)
+        choose(model, MemoryConfig(order="layer-major"), 0, said.append)
 
 
 class SideChannel(LlamaForCausalLM):
