@@ -365,10 +365,11 @@ def surroundings() -> dict[str, Any]:
 
 
 def table(works: list[dict[str, Any]]) -> Table:
-    memory = "RSS" if works[0]["sides"]["ours"]["device"] == "cpu" else "VRAM"
-    columns = ["k x T", "side", "tokens/s  p20..p80", "ratio  p20..p80", f"{memory} loaded", "load peak", "step peak"]
-    reserved = memory == "VRAM"
-    shown = Table(*columns, *(["reserved"] if reserved else []), "first loss")
+    reserved = works[0]["sides"]["ours"]["device"] != "cpu"
+    shown = Table(title=f"median, p20-p80; {'VRAM' if reserved else 'RSS'} in GiB; ratio of tokens/s pair by pair")
+    columns = ["k x T", "side", "tokens/s", "ratio", "loaded", "load\npeak", "step\npeak"]
+    for column in [*columns, *(["reserved"] if reserved else []), "first\nloss"]:
+        shown.add_column(column, no_wrap=True)
     for work in works:
         for side in SIDES:
             figures, speed, ratio = work["sides"][side], work["sides"][side]["tokens_per_second"], work["ratio"]
@@ -376,9 +377,9 @@ def table(works: list[dict[str, Any]]) -> Table:
             shown.add_row(
                 f"{work['k']} x {work['tokens']}" if side == "ours" else "",
                 side,
-                f"{speed['median']:.0f}  {speed['p20']:.0f}..{speed['p80']:.0f}",
-                f"{ratio['median']:.3f}  {ratio['p20']:.3f}..{ratio['p80']:.3f}" if side == "ours" else "",
-                *(f"{figures[key]:.2f} GiB" for key in peaks),
+                f"{speed['median']:.0f} {speed['p20']:.0f}-{speed['p80']:.0f}",
+                f"{ratio['median']:.2f} {ratio['p20']:.2f}-{ratio['p80']:.2f}" if side == "ours" else "",
+                *(f"{figures[key]:.2f}" for key in peaks),
                 f"{figures['losses'][0]:.4f}",
                 end_section=side == SIDES[-1],
             )
@@ -418,7 +419,7 @@ def main() -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(about | {"device": side["device_name"], "works": works}, indent=1) + "\n")
     console.print(table(works))
-    console.print(f"{side['device_name']}, {side['threads']} threads; every figure is in {out}")
+    console.print(f"{side['device_name']}; every figure is in {out}")
     if not all(figures["peaks_told_apart"] for work in works for figures in work["sides"].values()):
         console.print("this system cannot reset the high-water mark: the step peaks contain the load's")
     apart = [f"{work['k']} x {work['tokens']}" for work in works if not work["losses_agree"]]
