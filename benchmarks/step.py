@@ -54,9 +54,9 @@ SIDES = ("ours", "stock")
 SEED = 0
 RANK, ALPHA, LEARNING_RATE = 16, 32, 2e-4
 WARM_UP = 2  # the first steps make the optimizer's state and the allocator's pools
-# Both compute the same mean of per-token losses. Their roundings differ (where the adapter's product is rounded to
-# bf16), but those of a thousand tokens average out: four times what was seen, and a token more or less in the
-# denominator (1/128, 1/512) is still caught.
+# Relative, on the losses before the first update. B is zero then, so both sides round the same products and were seen
+# 7e-8 apart; a kernel that rounds elsewhere moves a token's logit by up to 2^-9, and a thousand tokens average out.
+# One token more or less in the denominator of 512 is caught.
 TOLERANCE = 2**-10
 
 # Adds a step's gradients and says its loss.
@@ -222,14 +222,14 @@ def forget_peak(device: torch.device) -> bool:
 
 @contextmanager
 def started(side: str, model: str, k: int, tokens: int) -> Iterator[Callable[[bool], dict[str, Any]]]:
-    """A side in its process; the function gives its next report, of the load first and then of a step."""
+    """A side in its process. The function gives its next report: with False the load's, with True a step's."""
     context = multiprocessing.get_context("spawn")  # a fork would count this process's memory
     here, there = context.Pipe()
     process = context.Process(target=side_process, args=(there, side, model, k, tokens), name=side)
     process.start()
     there.close()
 
-    def report(step: bool = True) -> dict[str, Any]:
+    def report(step: bool) -> dict[str, Any]:
         if step:
             here.send(True)
         try:
@@ -253,7 +253,10 @@ def started(side: str, model: str, k: int, tokens: int) -> Iterator[Callable[[bo
 
 
 def measure(model: str, k: int, tokens: int, pairs: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Both sides on k micro-batches of `tokens` tokens: every figure as it came, and what follows from them."""
+    """Both sides on k micro-batches of `tokens` tokens: every figure as it came, and what follows from them.
+
+    say  is told each pair of steps
+    """
     with started("ours", model, k, tokens) as step_ours:
         loaded = {"ours": step_ours(False)}
         with started("stock", model, k, tokens) as step_stock:
@@ -341,18 +344,19 @@ def surroundings() -> dict[str, Any]:
     cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else None
     packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
-    def git(*words: str) -> str | None:
+    def git(*words: str) -> str | None:  # None without git, or outside a clone
         try:
             done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
         except FileNotFoundError:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
+    changed = git("status", "--porcelain", "--", "qlora", "benchmarks/step.py")
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", "benchmarks/step.py", *sys.argv[1:]]),
         "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--", "qlora", "benchmarks/step.py")),
+        "dirty": bool(changed) if changed is not None else None,
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},
         "hardware": {
             "cpu": cpu[1] if cpu else platform.processor(),
@@ -365,6 +369,7 @@ def surroundings() -> dict[str, Any]:
 
 
 def table(works: list[dict[str, Any]]) -> Table:
+    """What people want to know first."""
     reserved = works[0]["sides"]["ours"]["device"] != "cpu"
     shown = Table(title=f"median, p20-p80; {'VRAM' if reserved else 'RSS'} in GiB; ratio of tokens/s pair by pair")
     columns = ["k x T", "side", "tokens/s", "ratio", "loaded", "load\npeak", "step\npeak"]
@@ -372,7 +377,8 @@ def table(works: list[dict[str, Any]]) -> Table:
         shown.add_column(column, no_wrap=True)
     for work in works:
         for side in SIDES:
-            figures, speed, ratio = work["sides"][side], work["sides"][side]["tokens_per_second"], work["ratio"]
+            figures, ratio = work["sides"][side], work["ratio"]
+            speed = figures["tokens_per_second"]
             peaks = ["loaded_gib", "load_peak_gib", "step_peak_gib"] + (["reserved_peak_gib"] if reserved else [])
             shown.add_row(
                 f"{work['k']} x {work['tokens']}" if side == "ours" else "",
@@ -386,7 +392,9 @@ def table(works: list[dict[str, Any]]) -> Table:
     return shown
 
 
-def slug(name: str) -> str:
+def slug(side: dict[str, Any]) -> str:
+    """A device's name as part of a file's: `cpu`, `nvidia-h100-80gb-hbm3`."""
+    name = side["device"] if side["device"] == "cpu" else side["device_name"]
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
@@ -415,7 +423,7 @@ def main() -> int:
     works = [measure(model, k, tokens, asked.steps, console.print) for k, tokens in asked.work]
 
     side = works[0]["sides"]["ours"]
-    out = asked.out or ROOT / "benchmarks" / "results" / f"step_{slug_of(side)}_{about['date'][:10]}.json"
+    out = asked.out or ROOT / "benchmarks" / "results" / f"step_{slug(side)}_{about['date'][:10]}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(about | {"device": side["device_name"], "works": works}, indent=1) + "\n")
     console.print(table(works))
@@ -426,10 +434,6 @@ def main() -> int:
     if apart:
         console.print(f"[bold red]THE LOSSES DO NOT AGREE at {', '.join(apart)}: this compares unlike work[/]")
     return 1 if apart else 0
-
-
-def slug_of(side: dict[str, Any]) -> str:
-    return side["device"] if side["device"] == "cpu" else slug(side["device_name"])
 
 
 if __name__ == "__main__":
