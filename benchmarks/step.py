@@ -18,16 +18,9 @@ start from the same adapter: their first losses must agree, or the exit status i
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import multiprocessing
-import os
-import platform
-import re
 import shutil
-import statistics
-import subprocess
 import sys
 import time
 import traceback
@@ -38,21 +31,34 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common import (
+    ALPHA,
+    LEARNING_RATE,
+    RANK,
+    RESULTS,
+    SEED,
+    forget_peak,
+    peak_gib,
+    random_batches,
+    random_tokens,
+    slug,
+    spread,
+    surroundings,
+    synchronize,
+    works_of,
+)
 from rich.console import Console
 from rich.table import Table
 
-from qlora.machine import GIB, device_name, memory_gib, peak_memory_gib, pick_device
+from qlora.machine import device_name, memory_gib, peak_memory_gib, pick_device
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-ROOT = Path(__file__).parent.parent
 MODEL = ".cache/SmolLM2-135M-Instruct.Q4_1.gguf"
 WORK = "8x128,4x512"
 SIDES = ("ours", "stock")
-SEED = 0
-RANK, ALPHA, LEARNING_RATE = 16, 32, 2e-4
 WARM_UP = 2  # the first steps make the optimizer's state and the allocator's pools
 # Relative, on the losses before the first update. B is zero then, so both sides round the same products and were seen
 # 7e-8 apart; a kernel that rounds elsewhere moves a token's logit by up to 2^-9, and a thousand tokens average out.
@@ -69,11 +75,8 @@ Parameters = list["nn.Parameter"]
 
 def ours(model: str, device: torch.device, k: int, tokens: int) -> tuple[ForwardBackward, Parameters]:
     """The engine as `qlora train` runs it."""
-    import torch
-
     from qlora.config import Config
     from qlora.model.adapters import attach, trainable
-    from qlora.model.batch import IGNORE_INDEX, Batch
     from qlora.model.load import load_base
     from qlora.model.source import open_source
     from qlora.train.step import choose
@@ -83,16 +86,13 @@ def ours(model: str, device: torch.device, k: int, tokens: int) -> tuple[Forward
             "model": {"model_name_or_path": model},
             "lora": {"r": RANK, "lora_alpha": ALPHA},
             "data": {"datasets": [{"path": "unused.jsonl"}]},
+            "memory": {"nf4_cache_dir": None},  # or what loading takes would depend on the run before
         }
     )
     base = load_base(config, open_source(config.model), device)
     adapted = attach(base.model, config.lora, SEED).train()
-    step, _ = choose(base.model, config.memory, SEED, print)
-    batches = []
-    for ids in random_tokens(base.model.config.vocab_size, k, tokens, device):
-        labels = ids.clone()
-        labels[:, 0] = IGNORE_INDEX  # nothing comes before it that could predict it
-        batches.append(Batch(ids, torch.arange(tokens, device=device)[None], labels))
+    step = choose(base.model, device, config.memory, SEED, ".", print)
+    batches = random_batches(base.model.config.vocab_size, k, tokens, device)
     return lambda: step(batches, 0).loss, list(trainable(adapted).values())
 
 
@@ -136,15 +136,6 @@ def stock(model: str, device: torch.device, k: int, tokens: int) -> tuple[Forwar
     return forward_backward, [p for p in adapted.parameters() if p.requires_grad]
 
 
-def random_tokens(vocab: int, k: int, tokens: int, device: torch.device) -> Iterator[torch.Tensor]:
-    """k micro-batches, int64 [1, tokens], the same for both sides."""
-    import torch
-
-    generator = torch.Generator().manual_seed(SEED)
-    for _ in range(k):
-        yield torch.randint(vocab, (1, tokens), generator=generator).to(device)
-
-
 # --- one side's process -----------------------------------------------------------------------------------------------
 
 
@@ -181,40 +172,6 @@ def side_process(pipe: Connection, side: str, model: str, k: int, tokens: int) -
             pipe.send(report | {"peaks_told_apart": told_apart})
     except Exception:
         pipe.send({"error": traceback.format_exc()})
-
-
-def synchronize(device: torch.device) -> None:
-    import torch
-
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def peak_gib(device: torch.device) -> float:
-    """The most GiB since the last `forget_peak`: allocated on an accelerator, resident on the host."""
-    if device.type != "cpu":
-        import torch
-
-        return torch.accelerator.max_memory_allocated(device) / GIB
-    status = Path("/proc/self/status")
-    if status.is_file():
-        # Not ru_maxrss: a new process inherits in it what its parent held when it called exec.
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024 / GIB  # type: ignore[index]
-    return peak_memory_gib(device)
-
-
-def forget_peak(device: torch.device) -> bool:
-    """Count the peak from here on; False where the system cannot, so that a step's peak has the load's in it."""
-    if device.type != "cpu":
-        import torch
-
-        torch.accelerator.reset_peak_memory_stats(device)
-        return True
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: resets VmHWM
-    except OSError:
-        return False
-    return True
 
 
 # --- the parent -------------------------------------------------------------------------------------------------------
@@ -296,12 +253,6 @@ def summary(loaded: dict[str, Any], steps: list[dict[str, Any]], tokens: int) ->
     }
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, 20th and 80th percentile."""
-    fifths = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 4
-    return {"median": statistics.median(values), "p20": fifths[0], "p80": fifths[3]}
-
-
 def as_directory(model: str, say: Callable[[str], None]) -> str:
     """The model as both sides can read it: transformers does not quantize a .gguf with bitsandbytes, so one becomes a
     directory with safetensors beside it, once."""
@@ -336,38 +287,6 @@ def convert(source: Path, directory: Path) -> None:
     partial.rename(directory)
 
 
-def surroundings() -> dict[str, Any]:
-    """Hardware, versions and commit."""
-    import psutil
-
-    cpuinfo = Path("/proc/cpuinfo")
-    cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else None
-    packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
-
-    def git(*words: str) -> str | None:  # None without git, or outside a clone
-        try:
-            done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
-        except FileNotFoundError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    changed = git("status", "--porcelain", "--", "qlora", "benchmarks/step.py")
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", "benchmarks/step.py", *sys.argv[1:]]),
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(changed) if changed is not None else None,
-        "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},
-        "hardware": {
-            "cpu": cpu[1] if cpu else platform.processor(),
-            "cores": os.cpu_count(),
-            "memory_gib": psutil.virtual_memory().total / GIB,
-            "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
-        },
-        "settings": {"r": RANK, "lora_alpha": ALPHA, "learning_rate": LEARNING_RATE, "seed": SEED, "warm_up": WARM_UP},
-    }
-
-
 def table(works: list[dict[str, Any]]) -> Table:
     """What people want to know first."""
     reserved = works[0]["sides"]["ours"]["device"] != "cpu"
@@ -392,19 +311,6 @@ def table(works: list[dict[str, Any]]) -> Table:
     return shown
 
 
-def slug(side: dict[str, Any]) -> str:
-    """A device's name as part of a file's: `cpu`, `nvidia-h100-80gb-hbm3`."""
-    name = side["device"] if side["device"] == "cpu" else side["device_name"]
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def works_of(text: str) -> list[tuple[int, int]]:
-    """`8x128,4x512` -> [(8, 128), (4, 512)]"""
-    if not re.fullmatch(r"\d+x\d+(,\d+x\d+)*", text):
-        raise argparse.ArgumentTypeError(f"`{text}` is not micro-batches x tokens, as in `8x128,4x512`")
-    return [(int(k), int(tokens)) for k, tokens in (work.split("x") for work in text.split(","))]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").partition("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -418,12 +324,12 @@ def main() -> int:
         parser.error("--steps: at least one")
 
     console = Console(highlight=False)
-    about = surroundings() | {"model": asked.model}  # before the work, so that the load average is not our own
+    about = surroundings(WARM_UP) | {"model": asked.model}
     model = as_directory(asked.model, console.print)
     works = [measure(model, k, tokens, asked.steps, console.print) for k, tokens in asked.work]
 
     side = works[0]["sides"]["ours"]
-    out = asked.out or ROOT / "benchmarks" / "results" / f"step_{slug(side)}_{about['date'][:10]}.json"
+    out = asked.out or RESULTS / f"step_{slug(side['device'], side['device_name'])}_{about['date'][:10]}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(about | {"device": side["device_name"], "works": works}, indent=1) + "\n")
     console.print(table(works))

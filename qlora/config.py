@@ -405,11 +405,80 @@ class MemoryConfig(Section):
         description="Unpadded micro-batches of one length are computed together while they hold at most so many "
         "tokens: the same sum in fewer, larger matrix products; 0 = each alone.",
     )
+    layers_on_device: int | None = Field(
+        default=None,
+        ge=0,
+        description="Frozen layers that stay on the device; null = all. The others are brought to it, each twice a "
+        "step, while another one computes.",
+    )
+    layers_on_host: int | None = Field(
+        default=None,
+        ge=0,
+        description="Of the other layers, those that lie in host memory; null = all. What is left is read from the "
+        "NF4 cache, which should then be on an SSD.",
+    )
+    nf4_cache_dir: str | None = Field(
+        default="auto",
+        min_length=1,
+        description="Where a base is kept once it is quantized, so that the next run loads it at disk speed: `auto` = "
+        "`qlora` in the user's cache directory ($XDG_CACHE_HOME, ~/.cache); null = nowhere.",
+    )
+    embeddings: Literal["device", "host"] = Field(
+        default="device",
+        description="Where the token embedding and the head live. From the host, looked-up rows move, and the head a "
+        "piece of the vocabulary at a time, twice a micro-batch.",
+    )
+    vocabulary_chunk: int = Field(
+        default=16384,
+        ge=1,
+        description="Entries of the vocabulary whose logits stand at one time under `embeddings: host`.",
+    )
+    activations: Literal["device", "host", "file"] = Field(
+        default="device",
+        description="Where the hidden states between layers wait for the way back: hidden size x 2 bytes a token a "
+        "layer; `file` is for steps whose states the host cannot hold.",
+    )
+    activations_dir: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Directory of the temporary file under `activations: file`; null = training.output_dir.",
+    )
+    adapters: Literal["device", "host"] = Field(
+        default="device",
+        description="Where the adapter's master weights, gradients and optimizer state live. From the host, a layer's "
+        "weights move in and its gradients out, and the optimizer runs on the host.",
+    )
+    layer_tile_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Tokens that pass through the parts of a layer beside attention at one time; null = all. For long "
+        "sequences: memory then hardly grows with a layer's width, for one more projection of q, k and v.",
+    )
     order: Literal["auto", "layer-major", "standard"] = Field(
         default="auto",
         description="Order of a step: all micro-batches through one layer at a time, or all layers for one micro-batch "
         "at a time. `auto` takes layer-major where the model can be cut into layers, and says so where it cannot.",
     )
+
+    def contradictions(self) -> Iterator[Contradiction]:
+        if self.layers_on_host is not None and self.layers_on_device is None:
+            yield Contradiction(
+                "layers_on_host",
+                "`memory.layers_on_host` has no layers to place: without `memory.layers_on_device` all stay there",
+                "say how many stay, e.g. `layers_on_device: 0`",
+            )
+        if self.activations_dir is not None and self.activations != "file":
+            yield Contradiction(
+                "activations_dir", "`memory.activations_dir` does nothing without `memory.activations: file`"
+            )
+        if self.order == "standard":
+            for key, usual in (("layers_on_device", None), ("activations", "device"), ("layer_tile_tokens", None)):
+                if getattr(self, key) != usual:
+                    yield Contradiction(
+                        key,
+                        f"`memory.{key}` needs layers that run one at a time, which `memory.order: standard` rules out",
+                        "leave `memory.order` out",
+                    )
 
 
 class Config(Section):
@@ -435,6 +504,17 @@ class Config(Section):
                 "`quantization.load_in_4bit: false` contradicts `method: qlora`, which trains on a 4-bit base",
                 "for a 16-bit base write `method: lora`",
             )
+        if self.method != "qlora" and self.memory.layers_on_device is not None:
+            yield Contradiction(
+                "memory.layers_on_device",
+                f"`memory.layers_on_device` places 4-bit layers, which `method: {self.method}` has not",
+            )
+        if self.method == "full":
+            for key in ("embeddings", "adapters"):
+                if getattr(self.memory, key) != "device":
+                    yield Contradiction(
+                        f"memory.{key}", f"`memory.{key}: host` needs a frozen base, which `method: full` trains"
+                    )
         if not self.data.eval_datasets and not self.data.eval_fraction:
             for key in ("eval_steps", "predict_with_generate"):
                 if getattr(self.training, key):

@@ -7,8 +7,11 @@ Anything else that escapes is a bug of ours and keeps its traceback.
      ├─ RecipeError               the recipe or a --set: all its problems, each with file, line and key
      ├─ DataError                 a dataset: not found, not readable, a row that cannot be trained on
      ├─ ModelError                a base model: missing, truncated, not a decoder we can load
+     │   └─ CacheError            its NF4 cache on disk: unreadable, truncated, not what was written
      ├─ AdapterError              an adapter: does not fit its base, not one of ours or PEFT's
      ├─ CheckpointError           a checkpoint: incomplete, or of another run
+     ├─ MachineError              this machine: too little memory or disk for the run
+     │   └─ HostMemoryError       host memory that cannot be had, or not be page-locked
      └─ TrainingError             a run that cannot go on
          └─ NonFiniteLossError    the loss became inf or NaN; the message names the step and the rows
 """
@@ -17,8 +20,11 @@ from dataclasses import dataclass
 
 __all__ = [
     "AdapterError",
+    "CacheError",
     "CheckpointError",
     "DataError",
+    "HostMemoryError",
+    "MachineError",
     "ModelError",
     "NonFiniteLossError",
     "Problem",
@@ -81,12 +87,24 @@ class ModelError(QLoRAError):
     """A base model that cannot be loaded."""
 
 
+class CacheError(ModelError):
+    """A base model's NF4 cache that cannot be read, or does not hold what was written. The message names the file."""
+
+
 class AdapterError(QLoRAError):
     """An adapter that cannot be loaded or does not fit its base."""
 
 
 class CheckpointError(QLoRAError):
     """A checkpoint that cannot be resumed from."""
+
+
+class MachineError(QLoRAError):
+    """Too little memory or disk for the run. The message has the numbers, and what to change."""
+
+
+class HostMemoryError(MachineError):
+    """Host memory that cannot be had, or not be page-locked."""
 
 
 class TrainingError(QLoRAError):

@@ -76,3 +76,11 @@ def free_bytes(device: torch.device) -> int:
     import torch
 
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+
+
+def give_back_memory(device: torch.device) -> None:
+    """Return to the system what torch's allocator keeps for later."""
+    import torch
+
+    if device.type != "cpu":
+        torch.accelerator.empty_cache()

@@ -17,7 +17,7 @@ from qlora.errors import AdapterError, CheckpointError, DataError, QLoRAError, T
 from qlora.evaluate.generation import answer
 from qlora.evaluate.held_out import HeldOut
 from qlora.export import adapter as export
-from qlora.machine import device_name, memory_kind, peak_memory_gib, pick_device
+from qlora.machine import device_name, free_bytes, memory_kind, peak_memory_gib, pick_device
 from qlora.model.adapters import attach, load_adapter, trainable
 from qlora.model.load import Base, load_base
 from qlora.model.source import open_source
@@ -54,11 +54,11 @@ def train(
         events.emit("notice", text=text)
 
     with contextlib.closing(events), _warnings_as_notices(say):
-        base = load_base(config, source, device)
+        base = load_base(config, source, device, say)
         _check_vocabulary(data, base)
         model = base.model if config.method == "full" else attach(base.model, config.lora, training.seed)
         model.train()
-        step, residency = choose(base.model, config.memory, training.seed, say)
+        step = choose(base.model, device, config.memory, training.seed, output, say)
         packing = config.data.packing and step.isolates_documents
         if config.data.packing and not packing:
             say("rows are padded, not packed: this model would let packed documents see each other")
@@ -66,7 +66,6 @@ def train(
             base.model,
             tokenizer,
             step,
-            residency,
             data.held_out_batches(packing),
             data.questions() if training.predict_with_generate else [],
             chat.end_token_ids(tokenizer),
@@ -102,8 +101,8 @@ def generate(adapter: str | Path, prompt: str, *, max_new_tokens: int = 256) -> 
     adapter  a directory that `train` left, or any PEFT LoRA directory; its base is loaded as its recipe says
     """
     config = _recipe_of(Path(adapter))
-    source = open_source(config.model)
-    base = load_base(config, source, pick_device())
+    source, device = open_source(config.model), pick_device()
+    base = load_base(config, source, device)
     tokenizer = _tokenizer_of(Path(adapter))  # with the template that the adapter was trained with
     if tokenizer is None:
         tokenizer = source.tokenizer(config.model.trust_remote_code)
@@ -112,7 +111,10 @@ def generate(adapter: str | Path, prompt: str, *, max_new_tokens: int = 256) -> 
         load_adapter(base.model, str(adapter))
     layout = "messages" if tokenizer.chat_template else "prompt-completion"
     ids = chat.render_prompt(tokenizer, [{"role": "user", "content": prompt}], format=layout)
-    return answer(base.model, tokenizer, [ids], chat.end_token_ids(tokenizer), max_new_tokens, batch_size=1)[0]
+    ends = chat.end_token_ids(tokenizer)
+    step = choose(base.model, device, config.memory, config.training.seed, ".", say=lambda text: None)
+    with step.whole_model(free_bytes(device) / 2):
+        return answer(base.model, device, tokenizer, [ids], ends, max_new_tokens, batch_size=1)[0]
 
 
 def show_data(config: Config, samples: int = 3) -> None:

@@ -47,6 +47,14 @@ def tiny_config(architecture: str, **changes):
     return AutoConfig.for_model(architecture, **(ARCHITECTURES[architecture] | changes))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def caches_of_its_own(tmp_path_factory):
+    """What tests quantize does not go where the user's models are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """checkpoint(architecture, **config changes) -> a directory with a tiny random model, made once."""

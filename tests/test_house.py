@@ -9,7 +9,8 @@ PACKAGE = Path(__file__).parent.parent / "qlora"
 FLOORS = [
     {"config", "section", "knobs", "recipe", "yaml12", "complaints", "machine", "errors"},
     {"model"},
-    {"data", "train", "plan", "evaluate", "export", "report", "library"},
+    {"data", "train", "evaluate", "export", "report", "library"},
+    {"plan"},  # it runs the step, with nothing in it
     {"run"},
     {"cli"},
 ]

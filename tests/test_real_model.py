@@ -63,7 +63,8 @@ def test_it_loads_in_four_bits_is_cut_and_has_the_gradients_of_the_standard_orde
     for name, parameter in trainable(peft_model).items():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.01)
-    step, _ = choose(base.model, MemoryConfig(order="layer-major", micro_batch_tokens=0), 0, print)
+    memory = MemoryConfig(order="layer-major", micro_batch_tokens=0)
+    step = choose(base.model, CPU, memory, 0, ".", print)
     assert step.isolates_documents
     batches = [random_batch(1, 40, vocab=49_152, seed=j) for j in range(3)]
     standard = standard_order(base.model, step.blocks, batches)
@@ -78,6 +79,6 @@ def test_it_answers_and_stops():
     _, base = loaded("qlora")
     tokenizer = base.source.tokenizer()
     ids = render_prompt(tokenizer, [{"role": "user", "content": "What is the capital of France? One word."}])
-    [text] = answer(base.model, tokenizer, [ids], end_token_ids(tokenizer), max_new_tokens=30, batch_size=1)
+    [text] = answer(base.model, CPU, tokenizer, [ids], end_token_ids(tokenizer), 30, batch_size=1)
     assert "Paris" in text
     assert "<|im_end|>" not in text

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 @torch.no_grad()
 def answer(
     model: PreTrainedModel,
+    device: torch.device,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     end_ids: Sequence[int],
@@ -31,10 +32,10 @@ def answer(
         for first in range(0, len(by_length), batch_size):
             members = by_length[first : first + batch_size]
             longest = max(len(prompts[i]) for i in members)
-            ids = torch.full((len(members), longest), pad, device=model.device)
+            ids = torch.full((len(members), longest), pad, device=device)
             mask = torch.zeros_like(ids)
             for row, i in enumerate(members):  # answers begin where prompts end, so padding goes to the left
-                ids[row, longest - len(prompts[i]) :] = torch.tensor(prompts[i], device=model.device)
+                ids[row, longest - len(prompts[i]) :] = torch.tensor(prompts[i], device=device)
                 mask[row, longest - len(prompts[i]) :] = 1
             out = generate(input_ids=ids, attention_mask=mask, generation_config=how)
             for row, i in enumerate(members):

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora.config import TrainingConfig
 from qlora.evaluate.generation import answer, exact
 from qlora.machine import free_bytes
 from qlora.model.batch import Batch, Question
-from qlora.model.residency import Residency
 
 GROUP = 8  # micro-batches that pass through a layer together: more read each layer less often, and take more memory
 SAMPLES = 3  # answers that are shown
@@ -29,7 +29,10 @@ class Scored(Protocol):
 class Scorer(Protocol):
     """The training step can do this, in either order."""
 
+    device: torch.device
+
     def evaluate(self, batches: Sequence[Batch]) -> Scored: ...
+    def whole_model(self, room: float) -> AbstractContextManager[None]: ...
 
 
 class HeldOut:
@@ -40,7 +43,6 @@ class HeldOut:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         step: Scorer,
-        residency: Residency,
         batches: Sequence[Batch],
         questions: Sequence[Question],
         end_ids: Sequence[int],
@@ -53,7 +55,7 @@ class HeldOut:
         end_ids    tokens that end an answer
         emit       emit(kind, **fields) reports an event
         """
-        self.model, self.tokenizer, self.step, self.residency = model, tokenizer, step, residency
+        self.model, self.tokenizer, self.step = model, tokenizer, step
         self.batches, self.questions, self.end_ids = batches, questions, end_ids
         self.training, self.emit = training, emit
         self.figures: dict[str, float] = {}
@@ -66,7 +68,7 @@ class HeldOut:
         was_training = self.model.training
         self.model.eval()
         for first in range(0, len(self.batches), GROUP):
-            taken = [self.batches[i].to(self.model.device) for i in range(first, len(self.batches))[:GROUP]]
+            taken = [self.batches[i].to(self.step.device) for i in range(first, len(self.batches))[:GROUP]]
             scored = self.step.evaluate(taken)
             total += scored.loss * scored.supervised
             tokens += scored.supervised
@@ -81,10 +83,10 @@ class HeldOut:
             return
         started = time.perf_counter()
         # A generated token passes through every layer: it is worth to have them all dense, where they fit.
-        fits = self.residency.dense_bytes < free_bytes(self.model.device) / 2
-        with self.residency.all_dense() if fits else contextlib.nullcontext():
+        with self.step.whole_model(free_bytes(self.step.device) / 2):
             got = answer(
                 self.model,
+                self.step.device,
                 self.tokenizer,
                 [question.ids for question in self.questions],
                 self.end_ids,

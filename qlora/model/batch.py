@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 
@@ -20,6 +21,7 @@ class Batch:
                                    (from the ones before it), else IGNORE_INDEX; so is each document's first token
     attention_mask  int64 [B, T]   1 for tokens, 0 for right padding; None where nothing is padded
     rows            where each document came from, as "file:line"
+    documents       lengths of the documents in each row, with the padding; read off position_ids if not given
 
     A packed micro-batch is [1, T], holds several documents and has no attention mask: transformers reads the borders
     from the restarting position ids and keeps documents from seeing each other.
@@ -30,6 +32,12 @@ class Batch:
     labels: torch.Tensor
     attention_mask: torch.Tensor | None = None
     rows: tuple[str, ...] = ()
+    documents: tuple[tuple[int, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.documents:
+            # Once, where the batch is made: read later, it would make the host wait for the device.
+            object.__setattr__(self, "documents", _documents(self.position_ids, self.attention_mask is not None))
 
     @property
     def tokens(self) -> int:
@@ -91,7 +99,19 @@ def _concatenated(group: Sequence[Batch]) -> Batch:
         torch.cat([batch.labels for batch in group]),
         None,
         tuple(row for batch in group for row in batch.rows),
+        tuple(lengths for batch in group for lengths in batch.documents),
     )
+
+
+def _documents(position_ids: torch.Tensor, padded: bool) -> tuple[tuple[int, ...], ...]:
+    rows, tokens = position_ids.shape
+    if padded:
+        return ((tokens,),) * rows
+    borders = (position_ids.diff(dim=1) != 1).nonzero().tolist()
+    starts: list[list[int]] = [[0] for _ in range(rows)]
+    for row, before in borders:
+        starts[row].append(before + 1)
+    return tuple(tuple(b - a for a, b in pairwise([*each, tokens])) for each in starts)
 
 
 @dataclass(frozen=True, slots=True)

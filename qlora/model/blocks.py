@@ -6,7 +6,9 @@ The last one either ends the run there (prologue), or answers with a hidden stat
 the layers (final norm, head, soft caps) runs on that (epilogue).
 
 Where the layers are is found by watching one real forward, not by a name, and a cut is believed only after it gave the
-logits of the uncut model. `cut` says why where it does not.
+logits of the uncut model. `cut` says why where it does not. The same pass proves attention without masks (attention.py)
+and layers run in tiles (tiles.py); a model that fails the first keeps its own attention, one that fails the second is
+run untiled.
 """
 
 from __future__ import annotations
@@ -15,17 +17,20 @@ import contextlib
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from qlora.model import attention
+from qlora.model.attention import Call, Documents, Unsupported, driving
 from qlora.model.batch import Batch
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+from qlora.model.nf4 import standing
+from qlora.model.tiles import Arguments, CannotTile, TiledLayer, token_axes
 
 
 class CannotCut(Exception):
@@ -73,10 +78,22 @@ class Entry:
 
     hidden     [B, T, hidden_size]   what layer 0 receives
     arguments  what the model hands to each layer besides, as (args, kwargs)
+    documents  lengths of the documents in each row
+    windows    of the masks that were asked for, where the model has our attention
     """
 
     hidden: torch.Tensor
     arguments: list[Arguments]
+    documents: Documents
+    windows: frozenset[int | None]
+
+    def without_hidden(self) -> Entry:
+        """The same, with nothing in the place of the hidden state: for who keeps that elsewhere."""
+        return replace(self, hidden=self.hidden.new_empty(0))
+
+    def attend(self, call: Call) -> torch.Tensor:
+        """Attention in this micro-batch."""
+        return attention.attend(call, self.documents, self.windows)
 
 
 class Blocks:
@@ -90,27 +107,61 @@ class Blocks:
         self.layers, last = layers, len(layers) - 1
         self._stand_ins = [_StandIn(layer, i == last, gives_tuple) for i, layer in enumerate(layers)]
         self.isolates_documents = False  # whether packed documents do not see each other; `cut` finds out
+        self._axes: list[list[int | None]] = []  # the tokens' axis of each argument of each layer; `cut` finds out
+        self._no_tiles = "it was not tried"  # why there are none, or nothing; `cut` finds out
+        self._tile_tokens: int | None = None
 
     def __len__(self) -> int:
         return len(self.layers)
 
+    @property
+    def can_tile(self) -> bool:
+        """Whether layers can be run a tile of tokens at a time."""
+        return not self._no_tiles
+
+    @property
+    def tile_tokens(self) -> int | None:
+        """Tokens, over all rows, of a tile of a layer; None: a layer is run in one piece.
+
+        In tiles, the gradient given to a layer's backward is overwritten; see tiles.py. Raises CannotCut where layers
+        cannot be tiled.
+        """
+        return self._tile_tokens
+
+    @tile_tokens.setter
+    def tile_tokens(self, tokens: int | None) -> None:
+        if tokens is not None and not self.can_tile:
+            raise CannotCut(f"its layers cannot be run in tiles: {self._no_tiles}")
+        self._tile_tokens = tokens
+
     def prologue(self, batch: Batch) -> Entry:
         """Run what comes before layer 0: embedding, masks, rotary tables."""
-        with self._stood_in(), contextlib.suppress(_Arrived):
+        with self._stood_in(), driving(_no_attention) as windows, contextlib.suppress(_Arrived):
             self.model(**inputs_of(self.model, batch))
             raise CannotCut("its forward did not come to the last layer")
         hidden, arguments = self._stand_ins[0].received, [stand_in.arguments for stand_in in self._stand_ins]
         assert hidden is not None
-        entry = Entry(hidden, [each for each in arguments if each is not None])
+        given = [each for each in arguments if each is not None]
+        entry = Entry(hidden, given, batch.documents, frozenset(windows))
         for stand_in in self._stand_ins:
             stand_in.forget()
         return entry
 
-    def layer(self, i: int, hidden: torch.Tensor, entry: Entry) -> torch.Tensor:
-        """Run layer i: [B, T, hidden_size] in, the same shape out."""
+    def layer(self, i: int, hidden: torch.Tensor, entry: Entry, wanted: bool = True) -> torch.Tensor:
+        """Run layer i: [B, T, hidden_size] in, the same shape out.
+
+        wanted  False: only the backward of the result is. In tiles, its values are then not computed
+        """
+        tile = self._tile_tokens
+        if tile is not None and tile < hidden.shape[:2].numel():
+            return self._tiled(i, entry, max(tile // hidden.shape[0], 1))(hidden, wanted)
         args, kwargs = entry.arguments[i]
-        out = self.layers[i](hidden, *args, **kwargs)
+        with driving(entry.attend):
+            out = self.layers[i](hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
+
+    def _tiled(self, i: int, entry: Entry, tile: int) -> TiledLayer:
+        return TiledLayer(self.layers[i], entry.arguments[i], self._axes[i], entry.attend, tile)
 
     def epilogue(self, hidden: torch.Tensor) -> torch.Tensor:
         """Run what comes after the last layer: [N, hidden_size] in, logits [N, vocab_size] out.
@@ -119,14 +170,21 @@ class Blocks:
         as N sequences of one token: no mask between them, and no position beyond what the model knows.
         """
         hidden = hidden[:, None]
-        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-        with self._stood_in():
-            for stand_in in self._stand_ins:
-                stand_in.answer = hidden
-            logits = self.model(input_ids=ids, use_cache=False).logits
         for stand_in in self._stand_ins:
-            stand_in.forget()
-        return logits[:, 0]
+            stand_in.answer = hidden
+        try:
+            with self._stood_in():
+                return self.model(**self._nothing_in_front_of(hidden), use_cache=False).logits[:, 0]
+        finally:
+            for stand_in in self._stand_ins:
+                stand_in.forget()
+
+    def _nothing_in_front_of(self, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+        # What enters does not matter. Embedded zeros cost no lookup, which counts where the embedding is on the host.
+        if "inputs_embeds" in inspect.signature(self.model.forward).parameters:
+            width = _shape_of_embedding(self.model)[1]
+            return {"inputs_embeds": hidden.new_zeros(*hidden.shape[:2], width)}
+        return {"input_ids": torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)}
 
     @contextmanager
     def _stood_in(self) -> Iterator[None]:
@@ -135,6 +193,10 @@ class Blocks:
             yield
         finally:
             self.model.set_submodule(self.path, self.layers)
+
+
+def _no_attention(call: Call) -> torch.Tensor:
+    raise Unsupported("it attends before its layers")
 
 
 def inputs_of(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
@@ -150,34 +212,41 @@ def inputs_of(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
 def cut(model: PreTrainedModel) -> Blocks:
     """Cut a causal LM into blocks, and prove the cut on a short input.
 
+    A model with stock `sdpa` attention is switched to attention without masks, where it proves to be the same. The
+    model's layers are passed twice: once whole, once in blocks.
+
     Raises CannotCut with the reason.
     """
-    was_training = model.training
+    was_training, implementation = model.training, model.config._attn_implementation
     model.eval()
     try:
-        probe = _probe(model)
+        probe, first = _probe(model)
         with torch.no_grad():
             path, gives_tuple, expected = _watch(model, probe)
-            blocks = Blocks(model, path, gives_tuple)
-            logits = _logits(blocks, probe)
-        if not _alike(logits, expected):
-            raise CannotCut(f"run one at a time, the layers in `{path}` do not give the model's own logits")
-        with torch.enable_grad():
-            entry = blocks.prologue(probe)
-        if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in tree_leaves(entry.arguments)):
-            raise CannotCut("what it hands to its layers beside the hidden state is itself trained")
-        blocks.isolates_documents = _isolates_documents(blocks, probe)
-        return blocks
+            # FlashAttention knows documents and windows, and nothing else.
+            if implementation in ("sdpa", attention.NAME) and model._supports_flash_attn:
+                model.set_attn_implementation(attention.NAME)
+                try:
+                    return _proven(Blocks(model, path, gives_tuple), probe, first, expected)
+                except (CannotCut, Unsupported):
+                    model.set_attn_implementation("sdpa")
+            return _proven(Blocks(model, path, gives_tuple), probe, first, expected)
     finally:
         model.train(was_training)
 
 
-def _probe(model: PreTrainedModel, tokens: int = 8) -> Batch:
-    """A packed micro-batch of two documents with unlike tokens."""
-    vocab: Any = model.get_input_embeddings().num_embeddings
-    ids = (torch.arange(2 * tokens, device=model.device) * 7919 + 13) % vocab
-    positions = torch.arange(tokens, device=model.device).repeat(2)
-    return Batch(ids[None], positions[None], ids[None].clone())
+def _shape_of_embedding(model: PreTrainedModel) -> torch.Size:
+    embedding: Any = model.get_input_embeddings()
+    return embedding.weight.shape  # which an adapter's wrapper has too
+
+
+def _probe(model: PreTrainedModel) -> tuple[Batch, int]:
+    """A packed micro-batch of two documents with unlike tokens, and the length of the first."""
+    lengths = (13, 11)
+    vocab = _shape_of_embedding(model)[0]
+    ids = (torch.arange(sum(lengths), device=model.device) * 7919 + 13) % vocab
+    positions = torch.cat([torch.arange(n, device=model.device) for n in lengths])
+    return Batch(ids[None], positions[None], ids[None].clone(), documents=(lengths,)), lengths[0]
 
 
 def _watch(model: PreTrainedModel, probe: Batch) -> tuple[str, bool, torch.Tensor]:
@@ -186,7 +255,12 @@ def _watch(model: PreTrainedModel, probe: Batch) -> tuple[str, bool, torch.Tenso
     calls: dict[nn.Module, list[tuple[Any, Any]]] = {}
 
     def note(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-        calls.setdefault(module, []).append((args[0] if args else None, out))
+        taken = args[0] if args else None
+        if not isinstance(taken, torch.Tensor) or taken.shape[:2] != probe.input_ids.shape:
+            taken = out = (
+                None  # no layer. What it answers may be large: a four-bit weight, which is a list too, is dense
+            )
+        calls.setdefault(module, []).append((taken, out))
 
     hooks = [m.register_forward_hook(note) for m in {m for layers in lists.values() for m in layers}]
     try:
@@ -203,8 +277,7 @@ def _watch(model: PreTrainedModel, probe: Batch) -> tuple[str, bool, torch.Tenso
         if all(len(calls.get(m, ())) == 1 for m in layers):
             ins, outs = zip(*(calls[m][0] for m in layers), strict=True)
             linked = all(first(out) is following for out, following in zip(outs, ins[1:], strict=False))
-            hidden = isinstance(ins[0], torch.Tensor) and ins[0].shape[:2] == probe.input_ids.shape
-            if linked and hidden and first(outs[-1]).shape == ins[0].shape:
+            if linked and ins[0] is not None and first(outs[-1]).shape == ins[0].shape:
                 chains.append((len(layers), -name.count("."), name, isinstance(outs[0], tuple)))
     if not chains:
         raise CannotCut("no list of layers passes the hidden state from each to the next")
@@ -212,16 +285,64 @@ def _watch(model: PreTrainedModel, probe: Batch) -> tuple[str, bool, torch.Tenso
     return path, gives_tuple, expected
 
 
-def _logits(blocks: Blocks, batch: Batch) -> torch.Tensor:
-    """Logits [B*T, vocab_size] by the cut model, with a look at what its layers pass to each other on the side."""
-    entry = blocks.prologue(batch)
+def _proven(blocks: Blocks, probe: Batch, first: int, expected: torch.Tensor) -> Blocks:
+    """The blocks, after they gave `expected`, the model's own logits of the probe, in one pass over the layers.
+
+    A second row, the probe with other tokens in its first document, goes along: it tells whether the second document
+    notices. And each layer is run in tiles beside.
+    """
+    other = probe.input_ids.clone()
+    other[:, :first] = other[:, :first].flip(1)
+    both = _rows([probe.input_ids, other], probe)
+    with torch.enable_grad():
+        entry = blocks.prologue(both)
+    if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in tree_leaves(entry.arguments)):
+        raise CannotCut("what it hands to its layers beside the hidden state is itself trained")
+    blocks._no_tiles = _find_axes(blocks, both, entry)
     before = _tensors_of(entry)
-    hidden = entry.hidden
-    for i in range(len(blocks)):
-        hidden = blocks.layer(i, hidden, entry)
-    if _tensors_of(entry) != before:
-        raise CannotCut("its layers hand each other tensors beside the hidden state")
-    return blocks.epilogue(hidden.flatten(0, 1))
+    hidden = entry.hidden.detach()
+    for i, layer in enumerate(blocks.layers):
+        with standing(layer):
+            following = blocks.layer(i, hidden, entry)
+            if _tensors_of(entry) != before:
+                raise CannotCut("its layers hand each other tensors beside the hidden state")
+            blocks._no_tiles = blocks._no_tiles or _why_no_tiles(blocks, i, hidden, entry, following)
+        hidden = following
+    logits, changed = blocks.epilogue(hidden.flatten(0, 1)).chunk(2)
+    if not _alike(logits, expected):
+        raise CannotCut(f"run one at a time, the layers in `{blocks.path}` do not give the model's own logits")
+    blocks.isolates_documents = _alike(changed[first:], logits[first:])
+    return blocks
+
+
+def _why_no_tiles(blocks: Blocks, i: int, hidden: torch.Tensor, entry: Entry, expected: torch.Tensor) -> str:
+    """Run layer i in tiles; returns why it cannot be, or nothing."""
+    try:
+        if _alike(blocks._tiled(i, entry, 15)(hidden), expected):
+            return ""
+        return "a layer in tiles does not give what it gives in one piece"
+    except (CannotTile, RuntimeError) as reason:  # torch's complaint about a shape is a reason like another
+        return str(reason)
+
+
+def _rows(ids: list[torch.Tensor], like: Batch) -> Batch:
+    rows, n = torch.cat(ids), len(ids)
+    return Batch(rows, like.position_ids.repeat(n, 1), rows, documents=like.documents * n)
+
+
+def _find_axes(blocks: Blocks, batch: Batch, entry: Entry) -> str:
+    """Find the tokens' axis in what each layer is handed; returns why there are no tiles, or nothing."""
+    if blocks.model.config._attn_implementation != attention.NAME:
+        return f"its attention is {blocks.model.config._attn_implementation}"
+    ids, positions, labels = (x[:, :-1] for x in (batch.input_ids, batch.position_ids, batch.labels))
+    documents = tuple((*lengths[:-1], lengths[-1] - 1) for lengths in batch.documents)
+    shorter = blocks.prologue(Batch(ids, positions, labels, documents=documents))
+    try:
+        pairs = zip(entry.arguments, shorter.arguments, strict=True)
+        blocks._axes = [token_axes(arguments, others) for arguments, others in pairs]
+    except CannotTile as reason:
+        return str(reason)
+    return ""
 
 
 def _tensors_of(entry: Entry) -> list[tuple[int, int]]:
@@ -230,16 +351,8 @@ def _tensors_of(entry: Entry) -> list[tuple[int, int]]:
 
 
 def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if isinstance(a, FakeTensor):
+        return True  # the planner's: it has shapes to run on and no numbers to compare
     # The same sums in another shape: a few roundings apart at most, where a wrong cut is far off.
     tolerance = 1e-4 if a.dtype == torch.float32 else 3e-2
     return bool((a - b).abs().max() <= tolerance * b.abs().max())
-
-
-@torch.no_grad()
-def _isolates_documents(blocks: Blocks, probe: Batch) -> bool:
-    """Whether other tokens in the first document leave the second one's logits alone."""
-    half = probe.tokens // 2
-    ids = probe.input_ids.clone()
-    ids[:, :half] = ids[:, :half].flip(1)
-    other = Batch(ids, probe.position_ids, ids)
-    return _alike(_logits(blocks, other)[half:], _logits(blocks, probe)[half:])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,12 +20,17 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qlora.config import Config
-from qlora.errors import ModelError
-from qlora.model.nf4 import FourBit, four_bit_weights, quantize_
+from qlora.config import Config, QuantizationConfig
+from qlora.errors import CacheError, MachineError, ModelError
+from qlora.model.cache import CacheBuilder, cache_home, open_cache
+from qlora.model.nf4 import FourBit, four_bit_weights, install
 from qlora.model.source import Source
+from qlora.model.store import Store, groups_of, tiers_of
 
 METHOD = "qlora_streaming"  # our name among transformers' quantization methods
+
+
+DENSE = "dense"  # the cache's shard of everything that is not in four bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +41,7 @@ class Base:
     four_bit_share     which part of them is in 4 bits, 0..1
     nbytes             bytes of all its weights at rest
     seconds            that loading took
+    cached             whether it came from the NF4 cache
     """
 
     model: PreTrainedModel
@@ -44,23 +50,33 @@ class Base:
     four_bit_share: float
     nbytes: int
     seconds: float
+    cached: bool
 
 
-def load_base(config: Config, source: Source, device: torch.device) -> Base:
-    """Load the recipe's base model onto `device`: NF4 under `method: qlora`, else in `model.dtype`.
+def load_base(
+    config: Config, source: Source, device: torch.device, say: Callable[[str], None] = lambda text: None
+) -> Base:
+    """Load the recipe's base model: NF4 under `method: qlora`, each layer in the tier that `memory` gives it, all else
+    in `model.dtype` on `device`.
 
-    Host memory above what stays is one tensor. Frozen except under `method: full`.
+    It comes from the NF4 cache where that has it, and is written there where not. Host memory above what stays is one
+    tensor. Frozen except under `method: full`.
 
-    Raises ModelError.
+    say  is told in a line why a cache that is there is of no use
+
+    Raises ModelError, and MachineError before anything is loaded.
     """
     started = time.perf_counter()
     dtype: torch.dtype = getattr(torch, config.model.dtype)
-    four_bit = None
-    if config.method == "qlora":
-        q = config.quantization
-        compute = getattr(torch, q.bnb_4bit_compute_dtype)
-        four_bit = FourBit(q.bnb_4bit_quant_type, q.bnb_4bit_use_double_quant, compute)
-    model = _load(source, config, dtype, four_bit, device)
+    skeleton = _skeleton(source, _config(source, config), config, dtype)
+    streaming, cached = StreamingConfig(), False
+    if config.method == "qlora" and (targets := four_bit_targets(skeleton)):
+        four_bit = four_bit_of(config.quantization)
+        groups = groups_of(skeleton, targets)
+        streaming.store = Store(groups, tiers_of(groups, config.memory), four_bit, device)
+        model, cached = _through_cache(source, skeleton, streaming, streaming.store, config, device, say)
+    else:
+        model = _materialize(source, skeleton, source.tensors(skeleton), streaming, device)
     model.requires_grad_(config.method == "full")
     quantized = four_bit_weights(model)
     in_four_bit = sum(w.shape.numel() for w in quantized)
@@ -68,33 +84,95 @@ def load_base(config: Config, source: Source, device: torch.device) -> Base:
     parameters = in_four_bit + sum(p.numel() for p in dense)
     nbytes = sum(w.nbytes for w in quantized) + sum(p.numel() * p.element_size() for p in dense)
     seconds = time.perf_counter() - started
-    return Base(model, source, parameters, in_four_bit / parameters, nbytes, seconds)
+    return Base(model, source, parameters, in_four_bit / parameters, nbytes, seconds, cached)
 
 
-def _load(
-    source: Source, config: Config, dtype: torch.dtype, four_bit: FourBit | None, device: torch.device
-) -> PreTrainedModel:
-    section = config.model
-    model_config = source.config(section.trust_remote_code)
-    skeleton = _skeleton(source, model_config, config, dtype)
-    tensors = source.tensors(skeleton)
+def _through_cache(
+    source: Source,
+    skeleton: PreTrainedModel,
+    streaming: StreamingConfig,
+    store: Store,
+    config: Config,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> tuple[PreTrainedModel, bool]:
+    """The model in four bits, and whether it came from the cache. What is not there yet is there afterwards."""
+    home = cache_home(config.memory.nf4_cache_dir)
+    if home is None:
+        if "file" in store.tiers.values():
+            raise ModelError("memory: layers on file are read from the NF4 cache, but memory.nf4_cache_dir is null")
+        return _materialize(source, skeleton, source.tensors(skeleton), streaming, device), False
+    identity = {"double_quant": store.four_bit.double_quant, "quant_type": store.four_bit.quant_type}
+    if cache := open_cache(home, source, identity, skeleton.dtype, say, store.layouts):
+        try:
+            dense = cache.tensors(DENSE)
+            store.take(cache)
+        except CacheError as error:
+            say(f"{error}\n  the cache is built again")
+        else:
+            tensors = dense | dict.fromkeys(store.names, _IN_STORE)
+            return _materialize(source, skeleton, tensors, streaming, device), True
+    with CacheBuilder(home, source, identity, skeleton.dtype, store.layouts) as builder:
+        store.builder = builder
+        model = _materialize(source, skeleton, source.tensors(skeleton), streaming, device)
+        builder.add(DENSE, _dense_tensors(model))
+        store.open_files(builder.commit())
+    return model, False
+
+
+def _dense_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """What a state dict has beside the four-bit weights; of tied tensors the first."""
+    tensors: dict[int, tuple[str, torch.Tensor]] = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.numel():  # four-bit weights leave a placeholder of no elements
+            tensors.setdefault(tensor.data_ptr(), (name, tensor))
+    return dict(tensors.values())
+
+
+class _InStore:
+    """Stands in a state dict for a weight that the store has already."""
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return torch.empty(0)
+
+
+_IN_STORE = _InStore()
+
+
+def _config(source: Source, config: Config) -> PreTrainedConfig:
+    model_config = source.config(config.model.trust_remote_code)
     # As transformers does for checkpoints that are quantized already; ours quantizes what is not.
     if getattr(model_config, "quantization_config", None) is not None and source.gguf is None:
         raise ModelError(
             f"{source.name}: is quantized already; give the 16-bit checkpoint, it is quantized as it streams in"
         )
-    streaming = StreamingConfig(four_bit)
+    return model_config
+
+
+def _materialize(
+    source: Source,
+    skeleton: PreTrainedModel,
+    tensors: Mapping[str, Any],
+    streaming: StreamingConfig,
+    device: torch.device,
+) -> PreTrainedModel:
+    """The model with its weights. tensors: name -> what gives the tensor when sliced."""
     try:
         model, info = cast(Any, type(skeleton)).from_pretrained(
             None,
             config=skeleton.config,
             state_dict=tensors,
-            dtype=dtype,
+            dtype=skeleton.dtype,
             attn_implementation=skeleton.config._attn_implementation,
             device_map={"": device},
             quantization_config=streaming,
             output_loading_info=True,
         )
+    except torch.OutOfMemoryError as error:
+        raise MachineError(
+            f"{source.name}: its weights do not fit on {device}: {str(error).split('. ')[0]}\n"
+            "  fewer on it: memory.layers_on_device, memory.embeddings: host"
+        ) from error
     except (RuntimeError, ValueError) as error:
         raise ModelError(f"{source.name}: its weights do not fit its configuration: {error}") from error
     kinds = ("missing_keys", "mismatched_keys", "conversion_errors", "error_msgs")
@@ -141,40 +219,42 @@ def _generation_config(source: Source, model: PreTrainedModel) -> GenerationConf
 class StreamingConfig(QuantizationConfigMixin):
     """What `StreamingQuantizer` is told through `from_pretrained`, and what it answers.
 
-    four_bit  None keeps every weight as it is
-    misfits   weights that came in another shape than the model has
+    store    takes the weights that are to be in four bits; None keeps every weight as it is
+    misfits  weights that came in another shape than the model has
     """
 
-    def __init__(self, four_bit: FourBit | None = None, **_: Any) -> None:
+    def __init__(self, **_: Any) -> None:
         self.quant_method = cast(Any, METHOD)  # transformers' own are an enumeration
-        self.four_bit = four_bit
+        self.store: Store | None = None
         self.misfits: list[str] = []
+
+    # transformers copies and writes down a model's configuration while it loads; this is a way in, not values.
+    def __deepcopy__(self, memo: Any) -> StreamingConfig:
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": METHOD}
 
 
 class StreamingQuantizer(HfQuantizer):
-    """Quantizes each linear layer's weight, and each stack of experts, when it arrives.
-
-    Embeddings, the head, norms, biases and routers stay in 16 bits.
-    """
+    """Hands each weight that is to be in four bits to the store when it arrives."""
 
     requires_calibration = False
 
     def __init__(self, quantization_config: StreamingConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.config = quantization_config
-        self._targets: set[str] = set()
-
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        if self.config.four_bit is not None:
-            kept = tuple(self.get_modules_to_not_convert(model, None, list(model._keep_in_fp32_modules or ())))
-            self._targets = {name for name in _quantizable(model) if not name.startswith(kept)}
-        return model
+        self._names = quantization_config.store.names if quantization_config.store else set()
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
-        return param_name in self._targets
+        return param_name in self._names
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
+        # By these transformers reserves a GPU's memory beforehand. Ours are placed by the store, some elsewhere.
+        return 0.0 if param_name in self._names else float(param.element_size())
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _Quantize(self.config)
+        return _IntoStore(self.config)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         # What the model is made of is no business of its config: an adapter's base is the 16-bit checkpoint.
@@ -189,18 +269,29 @@ class StreamingQuantizer(HfQuantizer):
         return True
 
 
-def _quantizable(model: nn.Module) -> set[str]:
-    """Names of the weights of linear layers, and of stacked experts [experts, out, in]."""
-    names = set()
+def four_bit_of(q: QuantizationConfig) -> FourBit:
+    """The recipe's `quantization` section as the number format."""
+    return FourBit(q.bnb_4bit_quant_type, q.bnb_4bit_use_double_quant, getattr(torch, q.bnb_4bit_compute_dtype))
+
+
+def four_bit_targets(model: PreTrainedModel) -> dict[str, torch.Size]:
+    """Name and shape of each weight that is to be in four bits: those of linear layers, and stacked experts
+    [experts, out, in].
+
+    Embeddings, the head, norms, biases and routers stay in 16 bits.
+    """
+    kept = HfQuantizer.get_modules_to_not_convert(model, None, list(model._keep_in_fp32_modules or ()))
+    targets = {}
     for path, module in model.named_modules():
         if type(module) is nn.Linear:
-            names.add(f"{path}.weight")
-        names.update(f"{path}.{name}" for name, p in module.named_parameters(recurse=False) if p.dim() == 3)
-    return names
+            targets[f"{path}.weight"] = module.weight.shape
+        stacked = [(name, p) for name, p in module.named_parameters(recurse=False) if p.dim() == 3]
+        targets.update({f"{path}.{name}": p.shape for name, p in stacked})
+    return {name: shape for name, shape in targets.items() if not name.startswith(tuple(kept))}
 
 
-class _Quantize(ConversionOps):
-    """The last operation on a tensor's way in: it goes into its module in four bits, and no further."""
+class _IntoStore(ConversionOps):
+    """The last operation on a tensor's way in: it goes into the store, and its four-bit form into its module."""
 
     def __init__(self, config: StreamingConfig) -> None:
         self.config = config
@@ -212,15 +303,19 @@ class _Quantize(ConversionOps):
         missing_keys: set[str] | None = None,
         **_: Any,
     ) -> dict[str, torch.Tensor]:
-        assert model is not None and self.config.four_bit is not None
+        store = self.config.store
+        assert model is not None and store is not None
         for name, value in input_dict.items():
             dense = value[0] if isinstance(value, list) else value
             path, leaf = name.rpartition(".")[::2]
             module = model.get_submodule(path)
-            expected = getattr(module, leaf).shape
-            if dense.shape != expected:
+            expected = store.shape(name)
+            if store.cached:
+                dense = None
+            elif dense.shape != expected:
                 self.config.misfits.append(f"{name} is {list(dense.shape)}, the configuration has {list(expected)}")
-            quantize_(module, leaf, dense, self.config.four_bit)
+                dense = dense.new_zeros(expected)  # all misfits are told at once
+            install(module, leaf, store.weight(name, dense))
             cast(Any, module)._is_hf_initialized = True  # or transformers draws new weights for it
             if missing_keys is not None:
                 missing_keys.discard(name)

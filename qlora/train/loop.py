@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 from qlora.config import TrainingConfig
-from qlora.errors import CheckpointError, NonFiniteLossError
-from qlora.machine import memory_gib
+from qlora.errors import CheckpointError, MachineError, NonFiniteLossError
+from qlora.machine import give_back_memory, memory_gib
 from qlora.model.batch import Batch
 from qlora.train import checkpoint, optim
 from qlora.train.checkpoint import Progress
@@ -107,7 +107,7 @@ class Loop:
         self.step, self.parameters, self.epochs, self.training = step, parameters, epochs, training
         self.identity, self.emit, self.evaluate = identity, emit, evaluate
         self.schedule = Schedule.of(training, epochs)
-        self.device = next(iter(parameters.values())).device
+        self.device = step.device
         self.optimizer, self.scheduler = optim.build(
             training, parameters, self.schedule.steps, lambda text: emit("notice", text=text)
         )
@@ -154,12 +154,9 @@ class Loop:
         all_of_epoch = self.epochs(epoch)
         batches = [all_of_epoch[i].to(self.device) for i in range(first, behind)]
         number = self.progress.step + 1
-        result = self.step(batches, number)
-        norm = self._clip(result, batches, number)
+        result = self._compute(batches, number)
         learning_rate = self.scheduler.get_last_lr()[0]
-        self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        norm = self.update(result, batches, number)
         seconds = time.perf_counter() - started
         self.progress = replace(
             self.progress,
@@ -181,6 +178,38 @@ class Loop:
             memory_gib=memory_gib(self.device),
         )
         return result.loss
+
+    def _compute(self, batches: Sequence[Batch], number: int) -> StepResult:
+        """The step's gradients. Where the device has no memory left, again with less of it: the results are the same.
+
+        Raises MachineError where nothing is left that could live elsewhere.
+        """
+        while True:
+            try:
+                return self.step(batches, number)
+            except torch.OutOfMemoryError as error:
+                said = str(error).split(". ")[0]
+            # Not above: the exception holds what the step has had on the device.
+            for parameter in self.parameters.values():
+                parameter.grad = None
+            give_back_memory(self.device)
+            changed = self.step.relieve()
+            if changed is None:
+                raise MachineError(
+                    f"step {number}: {said}\n"
+                    "  the last checkpoint is whole; to go on from it with less: a smaller"
+                    " training.per_device_train_batch_size or data.max_seq_length, memory.embeddings: host,"
+                    " memory.adapters: host, memory.layer_tile_tokens: 2048"
+                )
+            self.emit("notice", text=f"step {number}: {said}; it is taken again with {changed}")
+
+    def update(self, result: StepResult, batches: Sequence[Batch], number: int) -> float:
+        """Clip the gradients, move the weights, forget the gradients; returns their norm. Raises NonFiniteLossError."""
+        norm = self._clip(result, batches, number)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
 
     def _clip(self, result: StepResult, batches: Sequence[Batch], number: int) -> float:
         """Scale the gradients to at most max_grad_norm; returns their norm before that."""

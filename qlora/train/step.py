@@ -17,19 +17,22 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from qlora.config import MemoryConfig
 from qlora.errors import ModelError
 from qlora.model.batch import Batch, join
 from qlora.model.blocks import Blocks, CannotCut, cut, inputs_of
-from qlora.model.loss import TokenLoss, head_loss
-from qlora.model.residency import Residency, Resident
+from qlora.model.ends import CannotStayOnHost, HeadOnHost, ends_to_host
+from qlora.model.loss import TokenLoss, head_loss, streamed_head_loss
+from qlora.model.residency import Residency
+from qlora.train.activations import Activations, OnDevice, OnFile, OnHost
+from qlora.train.masters import Masters
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +59,38 @@ class LayerMajor:
     order = "layer-major"
 
     def __init__(
-        self, blocks: Blocks, residency: Residency, loss_chunk: int, seed: int = 0, joined_tokens: int = 0
+        self,
+        blocks: Blocks,
+        residency: Residency,
+        memory: MemoryConfig,
+        seed: int = 0,
+        directory: str | Path = ".",
     ) -> None:
         """
-        loss_chunk     tokens whose logits stand at a time
-        seed           of dropout
-        joined_tokens  neighbouring micro-batches are computed as one up to so many tokens; 0: each alone
+        memory     where things live meanwhile, and in which pieces they are computed: the recipe's section
+        seed       of dropout
+        directory  for the file of activations, where memory.activations has one and memory.activations_dir none
+
+        Raises ModelError where the model has not what `memory` asks for.
         """
-        self.blocks, self.residency, self.loss_chunk, self.seed = blocks, residency, loss_chunk, seed
-        self.joined_tokens = joined_tokens
+        self.blocks, self.residency, self.seed = blocks, residency, seed
+        self.device = residency.device
+        self.loss_chunk, self.joined_tokens = memory.loss_chunk_tokens, memory.micro_batch_tokens
+        self.activations: Activations = {
+            "device": OnDevice,
+            "host": lambda: OnHost(self.device),
+            "file": lambda: OnFile(self.device, memory.activations_dir or directory),
+        }[memory.activations]()
         inside = {id(p) for p in blocks.layers.parameters()}
         self._outside_trains = any(p.requires_grad for p in blocks.model.parameters() if id(p) not in inside)
+        self._masters = Masters(blocks.layers, self.device) if memory.adapters == "host" else None
+        self._head: HeadOnHost | None = None
+        try:
+            blocks.tile_tokens = memory.layer_tile_tokens
+            if memory.embeddings == "host":
+                self._head = ends_to_host(blocks, self.device, memory.vocabulary_chunk)
+        except (CannotCut, CannotStayOnHost) as reason:
+            raise ModelError(f"{type(blocks.model).__name__} has not what `memory` asks for: {reason}") from None
 
     @property
     def isolates_documents(self) -> bool:
@@ -82,29 +106,28 @@ class LayerMajor:
         blocks, last = self.blocks, len(self.blocks) - 1
         batches = join(batches, self.joined_tokens)
         supervised = sum(batch.supervised for batch in batches)
-        with _reproducible(blocks.model.device):
+        route = self._route([*range(last), *range(last, -1, -1)])
+        with _reproducible(self.device), self.activations as acts:
             with torch.set_grad_enabled(self._outside_trains):
                 entries = [blocks.prologue(batch) for batch in batches]
-            # acts[j]: the boundary activations of micro-batch j, the newest last
-            acts = [[entry.hidden.detach()] for entry in entries]
+            acts.begin([entry.hidden for entry in entries], len(blocks))
+            entries = [entry if entry.hidden.requires_grad else entry.without_hidden() for entry in entries]
             with torch.no_grad():
                 for i in range(last):
-                    with self.residency.visit(i):
+                    with next(route):
                         for j, entry in enumerate(entries):
                             self._seed(step, i, j)
-                            acts[j].append(blocks.layer(i, acts[j][-1], entry))
+                            acts.put(i + 1, j, blocks.layer(i, acts.take(i, j), entry))
             losses, grads = [], []
             for i in range(last, -1, -1):
-                with self.residency.visit(i):
+                with next(route):
                     for j, entry in enumerate(entries):
-                        x = acts[j].pop().requires_grad_(i > 0 or entry.hidden.requires_grad)
+                        x = acts.take(i, j).requires_grad_(i > 0 or entry.hidden.requires_grad)
                         self._seed(step, i, j)
                         with torch.enable_grad():
-                            y = blocks.layer(i, x, entry)
+                            y = blocks.layer(i, x, entry, wanted=i == last)
                         if i == last:
-                            loss, grad = head_loss(
-                                blocks.epilogue, y, batches[j], supervised, self.loss_chunk, backward=True
-                            )
+                            loss, grad = self._loss(y, batches[j], supervised, backward=True)
                             losses.append(loss)
                             grads.append(grad)
                         if y.requires_grad:
@@ -122,14 +145,50 @@ class LayerMajor:
         supervised = sum(batch.supervised for batch in batches)
         entries = [blocks.prologue(batch) for batch in batches]
         hidden = [entry.hidden for entry in entries]
-        for i in range(len(blocks)):
-            with self.residency.visit(i):
+        for i, visit in enumerate(self._route(range(len(blocks)))):
+            with visit:
                 hidden = [blocks.layer(i, x, entry) for x, entry in zip(hidden, entries, strict=True)]
-        losses = [
-            head_loss(blocks.epilogue, x, batch, supervised, self.loss_chunk, backward=False)[0]
-            for x, batch in zip(hidden, batches, strict=True)
-        ]
+        losses = [self._loss(x, batch, supervised, False)[0] for x, batch in zip(hidden, batches, strict=True)]
         return _result(losses, batches, supervised)
+
+    def relieve(self) -> str | None:
+        """Hold less on the device from here on, at the price of speed alone: results stay the same to the bit.
+
+        returns what changed, or None where nothing is left to change. Raises HostMemoryError.
+        """
+        if isinstance(self.activations, OnDevice):
+            self.activations = OnHost(self.device)
+            return "memory.activations: host"
+        if moved := self.residency.evict(-(-self.residency.tiers["device"] // 4)):
+            return f"memory.layers_on_device: {self.residency.tiers['device']} ({moved} fewer)"
+        return None
+
+    @contextmanager
+    def whole_model(self, room: float) -> Iterator[None]:
+        """The model's own forward works while the context lasts: for generation.
+
+        room  bytes that may be taken for dense weights
+        """
+        with ExitStack() as stack:
+            stack.enter_context(self.residency.whole_model(room))
+            if self._head is not None:
+                stack.enter_context(self._head.whole())
+            if self._masters is not None:  # all of them at once, as there is no optimizer state at work meanwhile
+                for i in range(len(self.blocks)):
+                    stack.enter_context(self._masters.visit(i))
+            yield
+
+    def _route(self, order: Sequence[int]) -> Iterator[AbstractContextManager[None]]:
+        """A visit of each layer in `order`: it is dense, and its trained weights are on the device."""
+        for i, visit in zip(order, self.residency.route(order), strict=True):
+            yield visit if self._masters is None else _both(visit, self._masters.visit(i))
+
+    def _loss(
+        self, hidden: torch.Tensor, batch: Batch, supervised: int, backward: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self._head is None:
+            return head_loss(self.blocks.epilogue, hidden, batch, supervised, self.loss_chunk, backward)
+        return streamed_head_loss(self._head.sweep, hidden, batch, supervised, self.loss_chunk, backward)
 
     def _seed(self, step: int, layer: int, micro_batch: int) -> None:
         # The recompute must draw the dropout masks of the first pass. torch's CPU generator takes 32 bits of seed.
@@ -142,8 +201,10 @@ class MicroBatchMajor:
     order = "standard"
     isolates_documents = False  # not known, so not believed
 
-    def __init__(self, model: PreTrainedModel, loss_chunk: int, seed: int = 0) -> None:
-        self.model, self.loss_chunk, self.seed = model, loss_chunk, seed
+    def __init__(self, model: PreTrainedModel, residency: Residency, loss_chunk: int, seed: int = 0) -> None:
+        """residency: of the model as one layer."""
+        self.model, self.residency, self.loss_chunk, self.seed = model, residency, loss_chunk, seed
+        self.device = residency.device
         if model.supports_gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
 
@@ -151,7 +212,7 @@ class MicroBatchMajor:
         """As LayerMajor's."""
         supervised = sum(batch.supervised for batch in batches)
         losses = []
-        with _reproducible(self.model.device):
+        with _reproducible(self.device):
             for j, batch in enumerate(batches):
                 torch.manual_seed(zlib.crc32(f"{self.seed} {step} {j}".encode()))
                 loss = self._loss(batch, supervised)
@@ -165,6 +226,16 @@ class MicroBatchMajor:
         supervised = sum(batch.supervised for batch in batches)
         return _result([self._loss(batch, supervised) for batch in batches], batches, supervised)
 
+    def relieve(self) -> str | None:
+        """As LayerMajor's: here nothing can be moved."""
+        return None
+
+    @contextmanager
+    def whole_model(self, room: float) -> Iterator[None]:
+        """As LayerMajor's."""
+        with self.residency.whole_model(room) if self.residency.dense_nbytes <= room else nullcontext():
+            yield
+
     def _loss(self, batch: Batch, supervised: int) -> torch.Tensor:
         positions, targets = batch.targets()
         logits = self.model(**inputs_of(self.model, batch)).logits.flatten(0, 1)
@@ -177,35 +248,52 @@ Step = LayerMajor | MicroBatchMajor
 
 
 def choose(
-    model: PreTrainedModel, memory: MemoryConfig, seed: int, say: Callable[[str], None]
-) -> tuple[Step, Residency]:
-    """The step for a model, and where its layers live.
+    model: PreTrainedModel,
+    device: torch.device,
+    memory: MemoryConfig,
+    seed: int,
+    directory: str | Path,
+    say: Callable[[str], None],
+) -> Step:
+    """The step for a model, with everything where `memory` wants it.
 
-    memory  the recipe's section: its `order` is "layer-major", "standard", or "auto", layer-major where it can be had
-    seed    of dropout
-    say     is told in a line where "auto" comes down on "standard"
+    device     where the model computes
+    memory     the recipe's section: its `order` is "layer-major", "standard", or "auto", layer-major where it can be
+    seed       of dropout
+    directory  for a file of activations
+    say        is told in a line where "auto" comes down on "standard"
 
-    Raises ModelError where "layer-major" is asked for and cannot be had.
+    Raises ModelError where what is asked for needs layers that run one at a time, and the model has none.
     """
     if memory.order != "standard":
         try:
             blocks = cut(model)
-            residency = Resident(blocks.layers)
-            step = LayerMajor(blocks, residency, memory.loss_chunk_tokens, seed, memory.micro_batch_tokens)
-            return step, residency
         except CannotCut as reason:
-            if memory.order == "layer-major":
-                raise ModelError(
-                    f"memory.order: layer-major, but {type(model).__name__} cannot be cut: {reason}"
-                ) from None
+            apart = [key for key, usual in _NEEDS_LAYERS.items() if getattr(memory, key) != usual]
+            asked = ["order"] * (memory.order == "layer-major") + apart
+            if asked:
+                keys = ", ".join(f"memory.{key}: {getattr(memory, key)}" for key in asked)
+                raise ModelError(f"{keys}: but {type(model).__name__} cannot be cut: {reason}") from None
             say(f"{type(model).__name__} trains in the standard order: {reason}")
-    return MicroBatchMajor(model, memory.loss_chunk_tokens, seed), Resident(nn.ModuleList([model]))
+        else:
+            return LayerMajor(blocks, Residency(blocks.layers, device), memory, seed, directory)
+    return MicroBatchMajor(model, Residency([model], device), memory.loss_chunk_tokens, seed)
+
+
+# What only layers that run one at a time can give, and what a model has without.
+_NEEDS_LAYERS = {"activations": "device", "adapters": "device", "embeddings": "device", "layer_tile_tokens": None}
 
 
 def _result(losses: list[torch.Tensor], batches: Sequence[Batch], supervised: int) -> StepResult:
     shares = tuple(torch.stack(losses).tolist())
     rows = tuple(batch.rows for batch in batches)
     return StepResult(sum(shares), shares, rows, sum(batch.tokens for batch in batches), supervised)
+
+
+@contextmanager
+def _both(outer: AbstractContextManager[None], inner: AbstractContextManager[None]) -> Iterator[None]:
+    with outer, inner:
+        yield
 
 
 @contextmanager

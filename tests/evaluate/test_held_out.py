@@ -44,7 +44,7 @@ def adapted(checkpoint, recipe):
 def held(adapted, order="layer-major", size=3, packing=False, rows=(), questions=(), **training):
     """A HeldOut over rows in micro-batches, and the events it will tell."""
     base, tokenizer = adapted
-    step, residency = choose(base, MemoryConfig(order=order), 0, print)
+    step = choose(base, CPU, MemoryConfig(order=order), 0, ".", print)
     cut = batches(rows, max_seq_length=64, per_device_train_batch_size=size, pad_token_id=0, packing=packing, seed=None)
     events = []
     config = TrainingConfig(**training)
@@ -53,7 +53,7 @@ def held(adapted, order="layer-major", size=3, packing=False, rows=(), questions
         events.append({"event": kind, **fields})
 
     ends = end_token_ids(tokenizer)
-    return held_out.HeldOut(base, tokenizer, step, residency, cut, questions, ends, config, emit), events
+    return held_out.HeldOut(base, tokenizer, step, cut, questions, ends, config, emit), events
 
 
 @pytest.mark.parametrize("order", ["layer-major", "standard"])
@@ -104,9 +104,9 @@ def prompts(tokenizer):
 def test_an_answer_does_not_depend_on_what_is_answered_beside_it(adapted):
     model, tokenizer = adapted
     ends = end_token_ids(tokenizer)
-    alone = [answer(model, tokenizer, [prompt], ends, 8, batch_size=1)[0] for prompt in prompts(tokenizer)]
+    alone = [answer(model, CPU, tokenizer, [prompt], ends, 8, batch_size=1)[0] for prompt in prompts(tokenizer)]
     assert len(set(alone)) > 1
-    assert answer(model, tokenizer, prompts(tokenizer), ends, 8, batch_size=3) == alone
+    assert answer(model, CPU, tokenizer, prompts(tokenizer), ends, 8, batch_size=3) == alone
 
 
 def test_an_answer_ends_before_its_end_token_or_after_max_new_tokens(adapted):
@@ -118,17 +118,17 @@ def test_an_answer_ends_before_its_end_token_or_after_max_new_tokens(adapted):
         for _ in range(5):
             found.append(model(input_ids=torch.tensor([[*prompt, *found]])).logits[0, -1].argmax().item())
     never = next(token for token in range(300) if token not in found)
-    got = answer(model, tokenizer, [prompt], [never], 5, batch_size=1)
+    got = answer(model, CPU, tokenizer, [prompt], [never], 5, batch_size=1)
     assert got == [tokenizer.decode(found, skip_special_tokens=True)]
     before = found[: found.index(found[2])]
-    stopped = answer(model, tokenizer, [prompt], [never, found[2]], 5, batch_size=1)
+    stopped = answer(model, CPU, tokenizer, [prompt], [never, found[2]], 5, batch_size=1)
     assert stopped == [tokenizer.decode(before, skip_special_tokens=True)] != got
 
 
 def test_right_answers_are_counted_and_three_are_shown(adapted):
     model, tokenizer = adapted
     asked = prompts(tokenizer)
-    really = answer(model, tokenizer, asked, end_token_ids(tokenizer), 8, batch_size=1)
+    really = answer(model, CPU, tokenizer, asked, end_token_ids(tokenizer), 8, batch_size=1)
     expected = [text if number in (0, 2, 4) else f"not {text}" for number, text in enumerate(really)]
     questions = [
         Question(tuple(ids), prompt, text) for ids, (prompt, _), text in zip(asked, PAIRS, expected, strict=True)

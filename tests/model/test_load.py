@@ -38,7 +38,7 @@ def test_linear_layers_are_in_four_bits_and_the_rest_is_as_it_was(checkpoint, re
     stock = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     for name, theirs in stock.named_modules():
         if isinstance(theirs, torch.nn.Linear) and name != "lm_head":
-            expected = FourBitWeight(theirs.weight.data, FourBit(compute_dtype=torch.float32)).expand()
+            expected = FourBitWeight.quantized(theirs.weight.data, FourBit(compute_dtype=torch.float32)).expand()
             assert torch.equal(base.model.get_submodule(name).weight, expected), name
     for name, parameter in stock.named_parameters():
         if "norm" in name or "embed" in name or "lm_head" in name:

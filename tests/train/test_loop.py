@@ -14,7 +14,7 @@ from torch import nn
 from transformers import TrainingArguments, get_scheduler
 
 from qlora.config import TrainingConfig
-from qlora.errors import NonFiniteLossError
+from qlora.errors import MachineError, NonFiniteLossError
 from qlora.train.checkpoint import checkpoints
 from qlora.train.loop import Loop, Schedule
 from qlora.train.step import StepResult
@@ -23,6 +23,8 @@ from tests.conftest import random_batch
 
 class Bowl:
     """A step whose gradient is known: the loss is half the squared length of the weights, the gradient the weights."""
+
+    device = torch.device("cpu")
 
     def __init__(self):
         self.parameters = {"matrix": nn.Parameter(torch.tensor([[3.0, 4.0]])), "vector": nn.Parameter(torch.ones(3))}
@@ -243,3 +245,42 @@ def test_held_out_rows_are_scored_every_eval_steps_but_not_after_the_last_which_
     loop, _ = looped(tmp_path, batches=9, eval_steps=3, evaluate=scored.append)
     loop.run()
     assert scored == [3, 6]
+
+
+class Cramped(Bowl):
+    """A step that runs out of memory, half-way, until it was relieved so many times."""
+
+    def __init__(self, short):
+        super().__init__()
+        self.short, self.reliefs = short, ["memory.activations: host", "memory.layers_on_device: 3 (1 fewer)"]
+
+    def __call__(self, batches, step):
+        result = super().__call__(batches, step)
+        if step == 2 and self.short:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 8 GiB.")
+        return result
+
+    def relieve(self):
+        self.short -= 1
+        return self.reliefs.pop(0) if self.reliefs else None
+
+
+def test_a_step_that_runs_out_of_memory_is_taken_again_with_less_and_gives_the_same(tmp_path):
+    expected, events = looped(tmp_path / "a")
+    expected.run()
+    loop, cramped = looped(tmp_path / "b", Cramped(short=2))
+    loop.run()
+    assert steps(cramped, "loss") == steps(events, "loss")
+    assert [event["text"] for event in cramped if event["event"] == "notice"] == [
+        "step 2: CUDA out of memory; it is taken again with memory.activations: host",
+        "step 2: CUDA out of memory; it is taken again with memory.layers_on_device: 3 (1 fewer)",
+    ]
+
+
+def test_a_step_for_which_there_is_never_enough_memory_says_what_to_change_and_changes_no_weight(tmp_path):
+    step = Cramped(short=9)
+    loop, _ = looped(tmp_path, step, save_steps=1)
+    with pytest.raises(MachineError, match=r"step 2: CUDA out of memory\n  the last checkpoint is whole.*max_seq"):
+        loop.run()
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1"]
+    assert all(parameter.grad is None for parameter in step.parameters.values())

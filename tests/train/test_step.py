@@ -12,7 +12,7 @@ from qlora.model.batch import Batch
 from qlora.model.blocks import CannotCut, cut
 from qlora.model.load import load_base
 from qlora.model.loss import head_loss
-from qlora.model.residency import Resident
+from qlora.model.residency import Residency
 from qlora.model.source import open_source
 from qlora.train.step import LayerMajor, MicroBatchMajor, choose
 from tests.conftest import ARCHITECTURES, random_batch, tiny_config
@@ -31,9 +31,9 @@ def adapted(config):
     return peft_model.train(), model
 
 
-def layer_major(model, loss_chunk=1024):
+def layer_major(model, **memory):
     blocks = cut(model)
-    return LayerMajor(blocks, Resident(blocks.layers), loss_chunk)
+    return LayerMajor(blocks, Residency(blocks.layers, CPU), MemoryConfig(**({"micro_batch_tokens": 0} | memory)))
 
 
 def gradients(model):
@@ -123,7 +123,7 @@ def test_the_chunk_of_the_loss_changes_nothing_but_memory(chunk, checkpoint, rec
     peft_model, model = adapted(recipe(checkpoint("llama")))
     batch = random_batch(2, 20)
     expected_loss, expected = layer_major(model)([batch]).loss, gradients(peft_model)
-    loss, found = layer_major(model, loss_chunk=chunk)([batch]).loss, gradients(peft_model)
+    loss, found = layer_major(model, loss_chunk_tokens=chunk)([batch]).loss, gradients(peft_model)
     assert loss == pytest.approx(expected_loss, rel=1e-6)
     for name in expected:
         assert torch.allclose(expected[name], found[name], atol=1e-5 * expected[name].abs().max(), rtol=1e-4), name
@@ -174,7 +174,7 @@ def test_packed_documents_train_as_separate_ones_do(architecture, checkpoint, re
 def test_micro_batches_of_one_shape_are_computed_together_and_give_the_same_gradients(checkpoint, recipe):
     peft_model, model = adapted(recipe(checkpoint("qwen3")))
     apart = layer_major(model)
-    together = LayerMajor(apart.blocks, apart.residency, 1024, joined_tokens=30)
+    together = LayerMajor(apart.blocks, apart.residency, MemoryConfig(micro_batch_tokens=30))
     batches = [random_batch(1, tokens, seed=j) for j, tokens in enumerate((12, 12, 12, 9, 12))]
     expected_loss, expected = apart(batches).loss, gradients(peft_model)
     result, found = together(batches), gradients(peft_model)
@@ -207,7 +207,7 @@ def test_both_orders_agree(method, checkpoint, recipe):
     batches = [random_batch(2, seed=j) for j in range(3)]
     fast = layer_major(model)(batches)
     expected = gradients(peft_model)
-    slow = MicroBatchMajor(model, loss_chunk=1024)(batches)
+    slow = MicroBatchMajor(model, Residency([model], CPU), loss_chunk=1024)(batches)
     found = gradients(peft_model)
     assert slow.loss == pytest.approx(fast.loss, rel=1e-6)
     assert found.keys() == expected.keys() == trainable(peft_model).keys()
@@ -221,7 +221,7 @@ def test_a_trained_head_or_embedding_gets_its_gradient(trained, checkpoint, reci
     batches = [random_batch(2, seed=j) for j in range(2)]
     layer_major(model)(batches)
     expected = gradients(peft_model)
-    MicroBatchMajor(model, loss_chunk=1024)(batches)
+    MicroBatchMajor(model, Residency([model], CPU), loss_chunk=1024)(batches)
     found = gradients(peft_model)
     saved = [name for name in expected if "embed_tokens" in name or "lm_head" in name]
     assert len(saved) == len(trained)
@@ -238,18 +238,18 @@ class TwiceThrough(LlamaForCausalLM):
         return CausalLMOutputWithPast(logits=self.lm_head(hidden))
 
 
-def test_a_model_that_cannot_be_cut_trains_in_the_standard_order_and_says_so():
+def test_a_model_that_cannot_be_cut_trains_in_the_standard_order_and_says_so(tmp_path):
     model = TwiceThrough(tiny_config("llama"))
     with pytest.raises(CannotCut):
         cut(model)
     said = []
-    step, _ = choose(model, MemoryConfig(), 0, said.append)
+    step = choose(model, CPU, MemoryConfig(), 0, tmp_path, said.append)
     assert step.order == "standard"
     assert "TwiceThrough trains in the standard order" in said[0]
     assert step([random_batch()]).loss > 0
     assert model.model.layers[0].mlp.up_proj.weight.grad.abs().max() > 0
     with pytest.raises(ModelError, match="cannot be cut"):
-        choose(model, MemoryConfig(order="layer-major"), 0, said.append)
+        choose(model, CPU, MemoryConfig(order="layer-major"), 0, tmp_path, said.append)
 
 
 class SideChannel(LlamaForCausalLM):
