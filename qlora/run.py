@@ -226,6 +226,8 @@ def _start(config: Config, base: Base, data: Data, loop: Loop) -> dict[str, Any]
         "four_bit_share": base.four_bit_share,
         "base_gib": base.nbytes / 2**30,
         "load_seconds": base.seconds,
+        "from_cache": base.cached,
+        "layers": loop.step.residency.tiers,
         "device": device_name(loop.device),
         "optimizer": type(loop.optimizer).__name__,
         "rows": len(data.train.rows.conversations),

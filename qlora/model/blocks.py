@@ -228,8 +228,11 @@ def cut(model: PreTrainedModel) -> Blocks:
                 model.set_attn_implementation(attention.NAME)
                 try:
                     return _proven(Blocks(model, path, gives_tuple), probe, first, expected)
-                except (CannotCut, Unsupported):
+                except (CannotCut, Unsupported) as reason:
                     model.set_attn_implementation("sdpa")
+                    blocks = _proven(Blocks(model, path, gives_tuple), probe, first, expected)
+                    blocks._no_tiles = f"attention without masks is not the same for it: {reason}"
+                    return blocks
             return _proven(Blocks(model, path, gives_tuple), probe, first, expected)
     finally:
         model.train(was_training)
@@ -353,6 +356,11 @@ def _tensors_of(entry: Entry) -> list[tuple[int, int]]:
 def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
     if isinstance(a, FakeTensor):
         return True  # the planner's: it has shapes to run on and no numbers to compare
-    # The same sums in another shape: a few roundings apart at most, where a wrong cut is far off.
-    tolerance = 1e-4 if a.dtype == torch.float32 else 3e-2
-    return bool((a - b).abs().max() <= tolerance * b.abs().max())
+    a, b, exact = a.float(), b.float(), b.dtype == torch.float32
+    known = b.isfinite()
+    if not torch.equal(known, a.isfinite()):
+        return False
+    a, b = (torch.where(known, x - x[known].mean(), 0.0) for x in (a, b))
+    # Root mean squares, against the spread. In bf16, transformers' own eager and sdpa logits of SmolLM2-135M are 0.034
+    # apart, after 30 layers; where documents see each other 0.42, where positions are wrong 0.43.
+    return bool((a - b).norm() <= (1e-3 if exact else 0.15) * b.norm())

@@ -4,7 +4,8 @@ An event is a plain dict that JSON can hold. `event` is its kind, `time` is when
 
     start       steps (optimizer steps of the whole run), first_step (0, or the step resumed from), method, model,
                 order ("layer-major" | "standard"), parameters, trainable, four_bit_share (0..1), base_gib,
-                load_seconds, device, optimizer, rows, tokens_per_epoch, supervised_per_epoch, epochs
+                load_seconds, from_cache (whether it had been quantized before), layers ({device, host, file}: how many
+                live where), device, optimizer, rows, tokens_per_epoch, supervised_per_epoch, epochs
     step        step (from 1), epoch, loss, learning_rate, grad_norm, tokens (so far), supervised (this step),
                 step_seconds, tokens_per_second, memory_gib
     evaluation  step, eval_loss, eval_tokens, seconds

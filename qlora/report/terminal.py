@@ -112,8 +112,11 @@ class Terminal:
         self._named(
             "base",
             f"{_short(parameters)} parameters, {event['four_bit_share']:.1%} of them in 4 bits, "
-            f"{event['base_gib']:.2f} GiB, loaded in {event['load_seconds']:.1f} s",
+            f"{event['base_gib']:.2f} GiB, loaded in {event['load_seconds']:.1f} s"
+            + (" from the NF4 cache" if event["from_cache"] else ""),
         )
+        if event["layers"]["host"] or event["layers"]["file"]:
+            self._named("layers", ", ".join(f"{n} on {tier}" for tier, n in event["layers"].items() if n))
         share = f"{_short(trained)} parameters ({_share(trained, parameters)})"
         self._named("trained", f"{share}, {event['method']}, {event['optimizer']}")
         self._named(

@@ -23,7 +23,8 @@ def start(steps=6, first_step=0, **changes):
     return {
         "event": "start", "steps": steps, "first_step": first_step, "method": "qlora", "order": "layer-major",
         "model": "tiny.gguf", "parameters": 134_515_008, "trainable": 4_884_480, "four_bit_share": 0.789,
-        "base_gib": 0.11, "load_seconds": 4.2, "device": "cpu", "optimizer": "adamw_torch", "rows": 320,
+        "base_gib": 0.11, "load_seconds": 4.2, "from_cache": False, "layers": {"device": 30, "host": 0, "file": 0},
+        "device": "cpu", "optimizer": "adamw_torch", "rows": 320,
         "tokens_per_epoch": 41_200, "supervised_per_epoch": 9_120, "epochs": 3.0,
     } | changes  # fmt: skip
 
@@ -57,6 +58,12 @@ def printed(*events, width=100, **options):
     for event in events:
         terminal(event)
     return out.getvalue()
+
+
+def test_the_start_says_where_layers_live_if_not_all_are_on_the_device_and_that_the_base_was_cached():
+    assert "layers" not in printed(start()) and "cache" not in printed(start())
+    out = printed(start(from_cache=True, layers={"device": 10, "host": 0, "file": 20}))
+    assert re.search(r"layers +10 on device, 20 on file", out) and "from the NF4 cache" in out
 
 
 # A run, as a pipe or a CI log sees it
