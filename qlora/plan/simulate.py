@@ -422,8 +422,9 @@ class _Watched(LayerMajor):
     def watched_by(self, ledger: Ledger, disk: _Disk) -> None:
         self._ledger = ledger
         if isinstance(self.activations, activations.OnFile):
-            self.activations = _OnFile(self.device, disk)
+            self.activations, self.gradients = _OnFile(self.device, disk), _OnFile(self.device, disk, passing=True)
         self.activations = cast(Any, _NamedActivations(self.activations, ledger))
+        self.gradients = cast(Any, _NamedActivations(self.gradients, ledger))
 
     def _route(self, order: Sequence[int]) -> Iterator[AbstractContextManager[None]]:
         for at, visit in enumerate(super()._route(order)):
@@ -459,11 +460,9 @@ class _NamedActivations:
     def __exit__(self, *_: object) -> None:
         self._inner.end()
 
-    def begin(self, hidden: Sequence[torch.Tensor], layers: int) -> None:
-        for x in hidden:
-            self._ledger.name(x, BOUNDARIES)
+    def begin(self, like: Sequence[torch.Tensor], layers: int) -> None:
         with self._ledger.naming(BOUNDARIES):
-            self._inner.begin(hidden, layers)
+            self._inner.begin(like, layers)
 
     def put(self, i: int, j: int, x: torch.Tensor) -> None:
         self._ledger.name(x, BOUNDARIES)
@@ -473,12 +472,12 @@ class _NamedActivations:
 class _OnFile(activations.OnFile):
     """Boundary activations in a file that is not there: they come as far as host memory."""
 
-    def __init__(self, device: torch.device, disk: _Disk) -> None:
-        super().__init__(device, ".")
+    def __init__(self, device: torch.device, disk: _Disk, passing: bool = False) -> None:
+        super().__init__(device, ".", passing)
         self._disk = disk
 
     def _reserve(self, nbytes: int, largest: int) -> None:
-        self._disk.held[BOUNDARIES] = nbytes
+        self._disk.held[BOUNDARIES] += nbytes
         self._staged = host_buffer(4 * largest, self.device)  # as many as the real one
 
     def _send(self, place: slice, source: torch.Tensor, after: Event) -> Event:

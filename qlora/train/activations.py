@@ -4,7 +4,7 @@ Between layers a micro-batch is one tensor [B, T, H], what the next layer receiv
 the way down: 1.31 MB a token for 70B. On the way up, too, micro-batch j is not needed again before all others went
 through the layer. So they are one store, keyed by layer and micro-batch, which is asked in an order that is known:
 
-    begin(hidden, L)                                             what layer 0 receives
+    begin(like, L);  for j:     put(0, j, hidden_j)              what layer 0 receives
     for i in 0 .. L-2, for j:   x = take(i, j);  put(i+1, j, layer_i(x))
     for i in L-1 .. 0, for j:   x = take(i, j)                   layer i again, and its backward
     end()                                                        after an error too
@@ -54,8 +54,8 @@ class Activations(ABC):
     time_waited  seconds that the host waited for the disk in this step
     """
 
-    def __init__(self) -> None:
-        self.time_waited = 0.0
+    def __init__(self, passing: bool = False) -> None:
+        self.passing, self.time_waited = passing, 0.0
         self._layers = self._micro_batches = self._puts = self._takes = 0
 
     def __enter__(self) -> Self:
@@ -64,17 +64,15 @@ class Activations(ABC):
     def __exit__(self, *_: object) -> None:
         self.end()
 
-    def begin(self, hidden: Sequence[torch.Tensor], layers: int) -> None:
-        """Start a step with what layer 0 receives: [B, T, H] for each micro-batch; B and T may differ.
+    def begin(self, like: Sequence[torch.Tensor], layers: int) -> None:
+        """Start a step. like: [B, T, H] for each micro-batch, for its shape and type alone; B and T may differ.
 
         Raises MachineError where there is no room.
         """
         assert not self._layers, "the step before was not ended"
-        self._layers, self._micro_batches, self.time_waited = layers, len(hidden), 0.0
+        self._layers, self._micro_batches, self.time_waited = layers, len(like), 0.0
         try:
-            self._open(hidden)
-            for j, x in enumerate(hidden):
-                self.put(0, j, x)
+            self._open(like)
         except BaseException:
             self.end()
             raise
@@ -107,7 +105,7 @@ class Activations(ABC):
         if n < up:
             return divmod(n, self._micro_batches)
         i, j = divmod(n - up, self._micro_batches)
-        return (self._layers - 1 - i, j) if i < self._layers else None
+        return (self._layers - 1 - i, j) if i < (1 if self.passing else self._layers) else None
 
     @property
     def _all_put(self) -> bool:
@@ -119,7 +117,7 @@ class Activations(ABC):
         return self._takes > self._micro_batches * (self._layers - 1)
 
     @abstractmethod
-    def _open(self, hidden: Sequence[torch.Tensor]) -> None: ...
+    def _open(self, like: Sequence[torch.Tensor]) -> None: ...
 
     @abstractmethod
     def _put(self, key: Key, x: torch.Tensor) -> None: ...
@@ -134,17 +132,17 @@ class Activations(ABC):
 class OnDevice(Activations):
     """They stay where they are."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, passing: bool = False) -> None:
+        super().__init__(passing)
         self._kept: dict[Key, torch.Tensor] = {}
 
-    def _open(self, hidden: Sequence[torch.Tensor]) -> None: ...
+    def _open(self, like: Sequence[torch.Tensor]) -> None: ...
 
     def _put(self, key: Key, x: torch.Tensor) -> None:
         self._kept[key] = x
 
     def _take(self, key: Key) -> torch.Tensor:
-        return self._kept.pop(key) if self._going_down else self._kept[key]
+        return self._kept.pop(key) if self.passing or self._going_down else self._kept[key]
 
     def _close(self) -> None:
         self._kept.clear()
@@ -172,8 +170,8 @@ class _Coming(NamedTuple):
 class _Away(Activations):
     """They leave the device as bytes, each for its own place in one long row of bytes."""
 
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
+    def __init__(self, device: torch.device, passing: bool = False) -> None:
+        super().__init__(passing)
         self.device = device
         # One lane for both ways: a copy in is behind the copy out of the same bytes with no event between them. It has
         # the time: 2048 tokens of 70B are 34 MB, 1.3 ms each way at 25 GB/s, beside 50 ms of a layer at 70 TFLOP/s.
@@ -184,24 +182,32 @@ class _Away(Activations):
         self._held: _Held | None = None
         self._coming: _Coming | None = None
 
-    def _open(self, hidden: Sequence[torch.Tensor]) -> None:
-        nbytes = [x.nbytes for x in hidden]
-        self._kinds = [(x.shape, x.dtype) for x in hidden]
+    def _open(self, like: Sequence[torch.Tensor]) -> None:
+        nbytes = [x.nbytes for x in like]
+        self._kinds = [(x.shape, x.dtype) for x in like]
         self._starts = [0, *accumulate(nbytes)]  # of each micro-batch within a layer; the last one is the layer's end
-        self._reserve(needed(nbytes, self._layers), max(nbytes))
+        if self.passing and len(like) == 1:
+            return  # nothing leaves
+        self._reserve(sum(nbytes) if self.passing else needed(nbytes, self._layers), max(nbytes))
         # Two: one is computed on while the next arrives.
         self._ring = [torch.empty(max(nbytes), dtype=torch.uint8, device=self.device) for _ in range(2)]
 
+    @property
+    def _may_stay(self) -> bool:
+        """Whether what was put last can be taken from where it is. What passes may be in a buffer of the ring."""
+        return not self.passing or self._micro_batches == 1
+
     def _place(self, key: Key) -> slice:
         """Where the bytes of an activation lie."""
-        layer = key[0] * self._starts[-1]
+        layer = 0 if self.passing else key[0] * self._starts[-1]
         return slice(layer + self._starts[key[1]], layer + self._starts[key[1] + 1])
 
     def _put(self, key: Key, x: torch.Tensor) -> None:
         assert (x.shape, x.dtype) == self._kinds[key[1]], f"layer {key[0] - 1} does not answer with what it received"
         self._let_go()
         x = x.contiguous()
-        sent = None if self._all_put else self._send(self._place(key), x.flatten().view(torch.uint8), self._lane.now())
+        stays = self._micro_batches == 1 if self.passing else self._all_put
+        sent = None if stays else self._send(self._place(key), x.flatten().view(torch.uint8), self._lane.now())
         self._held = _Held(key, x, sent)
 
     def _let_go(self) -> None:
@@ -213,9 +219,9 @@ class _Away(Activations):
     def _take(self, key: Key) -> torch.Tensor:
         # The buffer of what was taken before is free once all computation issued so far is done.
         free = self._lane.now()
-        if self._held is not None and self._held.key == key:
+        if self._held is not None and self._held.key == key and self._may_stay:
             x = self._held.x
-            if self._going_down:
+            if self.passing or self._going_down:
                 self._let_go()
         else:
             coming, self._coming = self._coming or self._bring(key, free), None
@@ -224,7 +230,7 @@ class _Away(Activations):
             shape, dtype = self._kinds[key[1]]
             x = coming.buffer.view(dtype).view(shape)
         following = self._nth_take(self._takes)
-        stays = self._held is not None and self._held.key == following and self._all_put
+        stays = self._held is not None and self._held.key == following and self._all_put and self._may_stay
         if following is not None and not stays and (self._all_put or self._takes < self._puts):
             self._coming = self._bring(following, free)
         return x
@@ -259,8 +265,8 @@ class _Away(Activations):
 class OnHost(_Away):
     """They wait in host memory: one arena, kept between steps, grown when a step needs more."""
 
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
+    def __init__(self, device: torch.device, passing: bool = False) -> None:
+        super().__init__(device, passing)
         self._arena: torch.Tensor | None = None
 
     def _reserve(self, nbytes: int, largest: int) -> None:
@@ -297,8 +303,8 @@ class OnFile(_Away):
     directory  of the file; it must exist
     """
 
-    def __init__(self, device: torch.device, directory: str | Path) -> None:
-        super().__init__(device)
+    def __init__(self, device: torch.device, directory: str | Path, passing: bool = False) -> None:
+        super().__init__(device, passing)
         self.directory = Path(directory)
         self._file: IO[bytes] | None = None
         self._worker = ThreadPoolExecutor(1, "activations")

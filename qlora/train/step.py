@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from qlora.config import MemoryConfig
 from qlora.errors import ModelError
 from qlora.model.batch import Batch, join
-from qlora.model.blocks import Blocks, CannotCut, cut, inputs_of
+from qlora.model.blocks import Blocks, CannotCut, Entry, cut, inputs_of
 from qlora.model.ends import CannotStayOnHost, HeadOnHost, ends_to_host
 from qlora.model.loss import TokenLoss, head_loss, streamed_head_loss
 from qlora.model.residency import Residency
@@ -76,11 +76,12 @@ class LayerMajor:
         self.blocks, self.residency, self.seed = blocks, residency, seed
         self.device = residency.device
         self.loss_chunk, self.joined_tokens = memory.loss_chunk_tokens, memory.micro_batch_tokens
-        self.activations: Activations = {
+        store: Callable[[bool], Activations] = {
             "device": OnDevice,
-            "host": lambda: OnHost(self.device),
-            "file": lambda: OnFile(self.device, memory.activations_dir or directory),
-        }[memory.activations]()
+            "host": lambda passing: OnHost(self.device, passing),
+            "file": lambda passing: OnFile(self.device, memory.activations_dir or directory, passing),
+        }[memory.activations]
+        self.activations, self.gradients = store(False), store(True)  # of each layer's input, of its output
         inside = {id(p) for p in blocks.layers.parameters()}
         self._outside_trains = any(p.requires_grad for p in blocks.model.parameters() if id(p) not in inside)
         self._masters = Masters(blocks.layers, self.device) if memory.adapters == "host" else None
@@ -107,19 +108,17 @@ class LayerMajor:
         batches = join(batches, self.joined_tokens)
         supervised = sum(batch.supervised for batch in batches)
         route = self._route([*range(last), *range(last, -1, -1)])
-        with _reproducible(self.device), self.activations as acts:
-            with torch.set_grad_enabled(self._outside_trains):
-                entries = [blocks.prologue(batch) for batch in batches]
-            acts.begin([entry.hidden for entry in entries], len(blocks))
-            entries = [entry if entry.hidden.requires_grad else entry.without_hidden() for entry in entries]
+        with _reproducible(self.device), self.activations as acts, self.gradients as slopes:
+            entries = self._enter(batches, acts, slopes)
             with torch.no_grad():
                 for i in range(last):
                     with next(route):
                         for j, entry in enumerate(entries):
                             self._seed(step, i, j)
                             acts.put(i + 1, j, blocks.layer(i, acts.take(i, j), entry))
-            losses, grads = [], []
+            losses = []
             for i in range(last, -1, -1):
+                below = last - i  # how far down
                 with next(route):
                     for j, entry in enumerate(entries):
                         x = acts.take(i, j).requires_grad_(i > 0 or entry.hidden.requires_grad)
@@ -127,16 +126,35 @@ class LayerMajor:
                         with torch.enable_grad():
                             y = blocks.layer(i, x, entry, wanted=i == last)
                         if i == last:
-                            loss, grad = self._loss(y, batches[j], supervised, backward=True)
+                            loss, slope = self._loss(y, batches[j], supervised, backward=True)
                             losses.append(loss)
-                            grads.append(grad)
+                        else:
+                            slope = slopes.take(below - 1, j)
                         if y.requires_grad:
-                            y.backward(grads[j])
-                        grads[j] = x.grad
-            for entry, grad in zip(entries, grads, strict=True):
+                            y.backward(slope)
+                        if x.grad is not None:
+                            slopes.put(below, j, x.grad)
+                        del x, y, slope  # or they would stand beside the next ones
+            for j, entry in enumerate(entries):
                 if entry.hidden.requires_grad:
-                    entry.hidden.backward(grad)
+                    entry.hidden.backward(slopes.take(last, j))
         return _result(losses, batches, supervised)
+
+    def _enter(self, batches: Sequence[Batch], acts: Activations, slopes: Activations) -> list[Entry]:
+        """Run what comes before layer 0, one micro-batch at a time, and begin with what it gives."""
+        entries: list[Entry] = []
+        for j, batch in enumerate(batches):
+            with torch.set_grad_enabled(self._outside_trains):
+                entry = self.blocks.prologue(batch)
+            hidden = entry.hidden
+            if j == 0:
+                shapes = [(*each.input_ids.shape, hidden.shape[-1]) for each in batches]
+                like = [torch.empty(shape, dtype=hidden.dtype, device="meta") for shape in shapes]
+                acts.begin(like, len(self.blocks))
+                slopes.begin(like, len(self.blocks) - 1 + hidden.requires_grad)
+            acts.put(0, j, hidden)
+            entries.append(entry if hidden.requires_grad else entry.without_hidden())
+        return entries
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> StepResult:
@@ -157,7 +175,7 @@ class LayerMajor:
         returns what changed, or None where nothing is left to change. Raises HostMemoryError.
         """
         if isinstance(self.activations, OnDevice):
-            self.activations = OnHost(self.device)
+            self.activations, self.gradients = OnHost(self.device), OnHost(self.device, passing=True)
             return "memory.activations: host"
         if moved := self.residency.evict(-(-self.residency.tiers["device"] // 4)):
             return f"memory.layers_on_device: {self.residency.tiers['device']} ({moved} fewer)"

@@ -25,6 +25,13 @@ CPU = torch.device("cpu")
 RAGGED = [(1, 7, 6), (3, 2, 6), (1, 1, 6), (2, 5, 6), (1, 12, 6)]
 
 
+def start(acts, hidden, layers):
+    """Begin a step with what layer 0 receives."""
+    acts.begin(hidden, layers)
+    for j, x in enumerate(hidden):
+        acts.put(0, j, x)
+
+
 @pytest.fixture(params=["device", "host", "file"])
 def acts(request, tmp_path):
     """An empty store of each tier."""
@@ -59,7 +66,7 @@ def drive(acts, shapes, layers, dtype=torch.bfloat16, seen=lambda: None):
         seen()
         assert same_bits(x, expected[i, j]), f"layer {i}, micro-batch {j}"
 
-    acts.begin([expected[0, j].clone() for j in range(len(shapes))], layers)
+    start(acts, [expected[0, j].clone() for j in range(len(shapes))], layers)
     for i in range(layers - 1):
         for j in range(len(shapes)):
             take(i, j)
@@ -95,8 +102,35 @@ def test_any_steps_one_after_the_other_are_as_with_a_dict(tmp_path_factory, step
             drive(acts, shapes, layers, dtype)
 
 
+@pytest.mark.parametrize("to_the_end", [True, False])
+@pytest.mark.parametrize("layers", [1, 2, 7])
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_what_passes_from_layer_to_layer_comes_back_and_takes_the_place_of_what_was(k, layers, to_the_end, tmp_path):
+    for acts in (OnDevice(passing=True), OnHost(CPU, passing=True), OnFile(CPU, tmp_path, passing=True)):
+        for _ in range(2):
+            now = [bits(shape) for shape in RAGGED[:k]]
+            start(acts, [x.clone() for x in now], layers)
+            for i in range(layers - 1):
+                for j in range(k):
+                    x = acts.take(i, j)
+                    assert same_bits(x, now[j])
+                    now[j] = bits(RAGGED[j])
+                    # As a layer in tiles does: the gradient below is written over the one above.
+                    x.view(torch.uint8).copy_(now[j].view(torch.uint8))
+                    acts.put(i + 1, j, x)
+            for j in range(k if to_the_end else 0):
+                assert same_bits(acts.take(layers - 1, j), now[j])
+            if isinstance(acts, OnHost):
+                assert (0 if acts._arena is None else acts._arena.numel()) == (
+                    sum(x.nbytes for x in now) if k > 1 else 0
+                )
+            if isinstance(acts, OnDevice):
+                assert len(acts._kept) == (0 if to_the_end else k)
+            acts.end()
+
+
 def test_what_is_taken_can_be_trained_through(acts):
-    acts.begin([torch.ones(1, 3, 4), torch.ones(1, 2, 4)], 2)
+    start(acts, [torch.ones(1, 3, 4), torch.ones(1, 2, 4)], 2)
     with torch.no_grad():
         for j in range(2):
             acts.put(1, j, acts.take(0, j) * (j + 2))
@@ -110,14 +144,14 @@ def test_what_is_taken_can_be_trained_through(acts):
 
 def test_a_store_does_not_make_the_callers_tensor_trainable(acts):
     hidden = torch.ones(1, 3, 4)
-    acts.begin([hidden], 1)
+    start(acts, [hidden], 1)
     acts.take(0, 0).requires_grad_()
     assert not hidden.requires_grad
 
 
 def test_a_transposed_activation_comes_back(acts):
     x = torch.randn(1, 4, 3)
-    acts.begin([x.mT, x.mT.contiguous()], 1)
+    start(acts, [x.mT, x.mT.contiguous()], 1)
     assert torch.equal(acts.take(0, 0), x.mT)
 
 
@@ -128,13 +162,13 @@ OUT_OF_ORDER = {
     "put twice": lambda a: (a.take(0, 0), a.put(1, 0, bits((1, 2, 4))), a.put(1, 0, bits((1, 2, 4)))),
     "take without the put between": lambda a: (a.take(0, 0), a.take(0, 1)),
     "put of another micro-batch": lambda a: (a.take(0, 0), a.put(1, 1, bits((1, 2, 4)))),
-    "begin within a step": lambda a: a.begin([bits((1, 2, 4))], 1),
+    "begin within a step": lambda a: start(a, [bits((1, 2, 4))], 1),
 }
 
 
 @pytest.mark.parametrize("wrong", OUT_OF_ORDER.values(), ids=OUT_OF_ORDER)
 def test_another_order_is_a_bug_of_the_caller(acts, wrong):
-    acts.begin([bits((1, 2, 4)), bits((1, 2, 4))], 3)
+    start(acts, [bits((1, 2, 4)), bits((1, 2, 4))], 3)
     with pytest.raises(AssertionError):
         wrong(acts)
 
@@ -142,7 +176,7 @@ def test_another_order_is_a_bug_of_the_caller(acts, wrong):
 def test_nothing_can_be_taken_after_the_last_or_outside_a_step(acts):
     with pytest.raises(AssertionError):
         acts.take(0, 0)
-    acts.begin([bits((1, 2, 4))], 1)
+    start(acts, [bits((1, 2, 4))], 1)
     acts.take(0, 0)
     with pytest.raises(AssertionError):
         acts.take(0, 0)
@@ -151,7 +185,7 @@ def test_nothing_can_be_taken_after_the_last_or_outside_a_step(acts):
 @pytest.mark.parametrize("takes", range(5))
 def test_a_step_that_breaks_off_leaves_nothing_and_the_next_one_is_whole(acts, takes):
     with pytest.raises(KeyboardInterrupt), acts:
-        acts.begin([bits(shape) for shape in RAGGED], 3)
+        start(acts, [bits(shape) for shape in RAGGED], 3)
         for j in range(takes):
             acts.take(0, j)
             acts.put(1, j, bits(RAGGED[j]))
@@ -177,7 +211,7 @@ def test_what_is_taken_next_is_always_on_its_way_and_nothing_comes_that_is_still
     acts, fetches = OnHost(CPU), []
     fetch = acts._fetch
     monkeypatch.setattr(acts, "_fetch", lambda *args: fetches.append(args) or fetch(*args))
-    acts.begin([bits(shape) for shape in RAGGED[:k]], layers)
+    start(acts, [bits(shape) for shape in RAGGED[:k]], layers)
     up = k * (layers - 1)
     total = layers - 1 if k == 1 else up + k * layers - 1  # the last one put never left
     for n in range(up + k * layers):
@@ -214,7 +248,7 @@ def test_three_activations_at_most_are_on_the_device(tier, k, layers, tmp_path):
     shape, most = (1, 64, 8), 0
     nbytes = 2 * math.prod(shape)
     with Births() as births:
-        acts.begin([torch.zeros(shape, dtype=torch.bfloat16) for _ in range(k)], layers)
+        start(acts, [torch.zeros(shape, dtype=torch.bfloat16) for _ in range(k)], layers)
 
         def count():
             nonlocal most
@@ -341,7 +375,7 @@ def test_copies_beside_the_computation_are_in_time(tier, k, layers, eager, tmp_p
             hidden = [device.empty(size) for size in sizes]
             for j, x in enumerate(hidden):
                 compute(writes=x, content=100 * steps + j - 16)
-            acts.begin(hidden, layers)
+            start(acts, hidden, layers)
             acts._ring = [device.empty(max(sizes)) for _ in range(2)]
             del hidden, x
             for i in range(layers - 1):
@@ -362,7 +396,7 @@ def test_copies_beside_the_computation_are_in_time(tier, k, layers, eager, tmp_p
 def test_a_step_runs_on_fake_tensors(tier):
     with FakeTensorMode():
         acts = tier()
-        acts.begin([torch.empty(shape, dtype=torch.bfloat16) for shape in RAGGED], 2)
+        start(acts, [torch.empty(shape, dtype=torch.bfloat16) for shape in RAGGED], 2)
         for j in range(len(RAGGED)):
             acts.put(1, j, acts.take(0, j) + 1)
         for i in (1, 0):
@@ -387,7 +421,7 @@ def test_a_full_disk_is_said_before_anything_is_written(on_file, tmp_path, monke
     hidden = [torch.empty(1, 2**20, 8, dtype=torch.bfloat16)]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
     with pytest.raises(MachineError) as error:
-        on_file.begin(hidden, 129)
+        start(on_file, hidden, 129)
     assert str(error.value).startswith(
         f"the activations of a step need 2.00 GiB of disk; {tmp_path} has 0.00 GiB free\n"
     )
@@ -406,7 +440,7 @@ def test_the_files_own_bytes_count_as_free(on_file, monkeypatch):
 
 def test_a_directory_that_is_not_there_is_named(tmp_path):
     with pytest.raises(MachineError, match=r"nowhere: No such file or directory"):
-        OnFile(CPU, tmp_path / "nowhere").begin([bits((1, 2, 4))], 2)
+        start(OnFile(CPU, tmp_path / "nowhere"), [bits((1, 2, 4))], 2)
 
 
 class Broken:
@@ -451,7 +485,7 @@ def test_a_write_that_fails_after_the_step_broke_off_is_no_error_of_the_next(on_
 
     with monkeypatch.context() as patch:
         patch.setattr(on_file, "_write", slow_and_broken)
-        on_file.begin([bits((1, 2, 4))] * 2, 3)
+        start(on_file, [bits((1, 2, 4))] * 2, 3)
         on_file.end()
     drive(on_file, RAGGED, 3)
 
