@@ -40,8 +40,9 @@ lint: $(READY)  ## ruff and pyright
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright
 
-bench: $(READY) $(MODEL)  ## one training step against transformers + PEFT + bitsandbytes
+bench: $(READY) $(MODEL)  ## one training step against transformers + PEFT + bitsandbytes; layers in each tier
 	@$(BIN)/python benchmarks/step.py
+	@$(BIN)/python benchmarks/streaming.py
 
 clean:           ## remove .venv, .cache and outputs
 	rm -rf $(VENV) .cache outputs

@@ -6,7 +6,7 @@ usage: python benchmarks/simulated.py SHAPE KxTOKENS [--layers N] [--out FILE] [
     python benchmarks/simulated.py llama3.1-8b 1x235000 layers_on_device=0 activations=host embeddings=host \
         adapters=host layer_tile_tokens=8192
 
-SHAPE is a file in benchmarks/shapes, r=16 on all linear layers, 8-bit AdamW. The CUDA context, about 0.5 GB, comes on top.
+SHAPE is a file in benchmarks/shapes; r=16 on all linear layers, 8-bit AdamW. The CUDA context, about 0.5 GB, is on top.
 """
 
 from __future__ import annotations

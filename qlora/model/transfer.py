@@ -14,6 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from qlora.errors import HostMemoryError
+from qlora.machine import GIB, free_bytes
 
 HOST = torch.device("cpu")  # `cpu:1` is not: under this name the planner simulates an accelerator
 PAGE = 4096  # bytes; what direct I/O and page-locking want addresses to be multiples of
@@ -66,9 +67,11 @@ def host_buffer(nbytes: int, device: torch.device) -> torch.Tensor:
     try:
         whole = torch.empty(nbytes + PAGE, dtype=torch.uint8)
     except RuntimeError as error:
-        raise HostMemoryError(f"the host has no {nbytes / 2**30:.2f} GiB for a buffer") from error
+        raise _too_little(nbytes) from error
     if isinstance(whole, FakeTensor):  # the planner's: it has no address
         return whole[:nbytes]
+    if nbytes > free_bytes(HOST):  # Linux gives out more than there is, and kills who uses it
+        raise _too_little(nbytes)
     start = -whole.data_ptr() % PAGE
     buffer = whole[start : start + nbytes]
     if device.type == "cuda" and nbytes:
@@ -82,10 +85,18 @@ def _lock(buffer: torch.Tensor) -> None:
     failed = int(runtime.cudaHostRegister(address, nbytes, 0))
     if failed:
         raise HostMemoryError(
-            f"{nbytes / 2**30:.2f} GiB of host memory cannot be page-locked (CUDA error {failed}; {_limit()})\n"
-            "  raise the limit (`ulimit -l`), or keep fewer layers on the host: memory.layers_on_host"
+            f"{nbytes / GIB:.2f} GiB of host memory cannot be page-locked (CUDA error {failed}; {_limit()})\n"
+            f"  raise the limit (`ulimit -l`), or {_LESS}"
         )
     weakref.finalize(buffer.untyped_storage(), runtime.cudaHostUnregister, address)
+
+
+_LESS = "keep less on the host: memory.layers_on_host (the others are read from a file), memory.activations: file"
+
+
+def _too_little(nbytes: int) -> HostMemoryError:
+    free = free_bytes(HOST)
+    return HostMemoryError(f"{nbytes / GIB:.2f} GiB of host memory are needed, {free / GIB:.2f} are free\n  {_LESS}")
 
 
 def _limit() -> str:
@@ -94,4 +105,4 @@ def _limit() -> str:
     except ImportError:  # Windows has none
         return "this system sets no locked-memory limit"
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    return "no locked-memory limit" if soft == resource.RLIM_INFINITY else f"locked-memory limit {soft / 2**30:.2f} GiB"
+    return "no locked-memory limit" if soft == resource.RLIM_INFINITY else f"locked-memory limit {soft / GIB:.2f} GiB"

@@ -38,7 +38,8 @@ def build(
         say(f"optim: `paged_adamw_8bit` pages between a CUDA device and the host; on {device.type} it is `adamw_8bit`")
         name = "adamw_8bit"
     if name == "adamw_torch":
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, **common)
+        # Fused: the default on a GPU makes temporaries as large as all the weights together.
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, fused=True, **common)
     else:
         from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
 
@@ -80,5 +81,4 @@ def restore(
                 elif isinstance(old, int | float):
                     state[key] = type(old)(tensor.item())
                 else:
-                    on_host = key == "step"  # where torch keeps it
-                    state[key] = tensor.clone() if on_host else tensor.to(parameter.device)
+                    state[key] = tensor.to(parameter.device, copy=True)
