@@ -395,7 +395,7 @@ class MemoryConfig(Section):
     """What a step holds at one time, where that is a choice."""
 
     loss_chunk_tokens: int = Field(
-        default=1024,
+        default=256,
         ge=1,
         description="Tokens whose logits stand at one time; the peak of the loss is this x vocabulary size.",
     )

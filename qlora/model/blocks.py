@@ -357,8 +357,8 @@ def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
     if isinstance(a, FakeTensor):
         return True  # the planner's: it has shapes to run on and no numbers to compare
     a, b, exact = a.float(), b.float(), b.dtype == torch.float32
-    known = b.isfinite()
-    if not torch.equal(known, a.isfinite()):
+    known = b.abs() < 1e30  # a logit that a model forbids is infinite, or nearly
+    if not torch.equal(known, a.abs() < 1e30):
         return False
     a, b = (torch.where(known, x - x[known].mean(), 0.0) for x in (a, b))
     # Root mean squares, against the spread. In bf16, transformers' own eager and sdpa logits of SmolLM2-135M are 0.034

@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlora.config import Config, QuantizationConfig
 from qlora.errors import CacheError, MachineError, ModelError
+from qlora.machine import give_back_memory
 from qlora.model.cache import CacheBuilder, cache_home, open_cache
 from qlora.model.nf4 import FourBit, four_bit_weights, install
 from qlora.model.source import Source
@@ -77,6 +78,7 @@ def load_base(
         model, cached = _through_cache(source, skeleton, streaming, streaming.store, config, device, say)
     else:
         model = _materialize(source, skeleton, source.tensors(skeleton), streaming, device)
+    give_back_memory(device)  # what each weight took on its way through
     model.requires_grad_(config.method == "full")
     quantized = four_bit_weights(model)
     in_four_bit = sum(w.shape.numel() for w in quantized)

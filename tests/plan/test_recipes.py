@@ -22,7 +22,9 @@ def test_the_recipes_are_there():
     assert len(SHAPES) == 6 and all(path.is_file() for path in SHAPES.values())
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * ("128k" in name)) for name in SHAPES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.exhaustive] * ("70b" not in name)) for name in SHAPES]
+)
 def test_the_planned_peak_in_a_recipes_header_is_the_simulated_one(name):
     path = ROOT / "recipes" / f"{name}.yaml"
     stated = float(re.search(r"peak ([\d.]+) GiB", path.read_text()).group(1))
