@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from itertools import pairwise
 
 import pytest
@@ -17,6 +18,7 @@ from qlora.model.homes import OnFile
 from qlora.model.load import load_base
 from qlora.model.nf4 import four_bit_weights
 from qlora.model.residency import Residency
+from qlora.model.shards import ShardReader
 from qlora.model.source import open_source
 from qlora.train.step import LayerMajor
 from tests.conftest import random_batch
@@ -168,6 +170,21 @@ def test_evaluation_is_the_same_from_every_tier(step_of):
     batches = [random_batch(2, 9 + j, seed=j) for j in range(3)]
     losses = {step_of(**memory)[1].evaluate(batches).losses for memory in ({}, *TIERS)}
     assert len(losses) == 1
+
+
+def test_a_layer_that_arrives_late_is_waited_for(step_of, monkeypatch):
+    expected = outcome(step_of(), k=1)
+    made = step_of(layers_on_device=1, layers_on_host=0)
+    read_into = ShardReader.read_into
+
+    def late(reader, buffer, *args, **kwargs):
+        buffer.zero_()  # what an earlier layer left there would hide that this one is missing
+        time.sleep(0.05)
+        read_into(reader, buffer, *args, **kwargs)
+
+    monkeypatch.setattr(ShardReader, "read_into", late)
+    assert same(outcome(made, k=1), expected)
+    assert made[1].residency.waited > 0.05
 
 
 def test_a_layer_that_cannot_be_read_stops_the_step_with_its_files_name(step_of, monkeypatch):
