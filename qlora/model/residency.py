@@ -73,6 +73,7 @@ class Residency:
                 home.replace(weight, weight.held)
                 weight.held, weight.home = None, home
             self._homes[i] = home
+        self._arrived()  # or it would arrive in memory that is given up
         self._arriving = self._slot = None  # a layer that moved may be larger than those that came so far
         return len(chosen)
 
@@ -124,6 +125,7 @@ class Residency:
         if self._slot is None:
             largest = max(padded(home.layout.nbytes) for home in self._homes if home is not None)
             self._slot = _slot(largest, self.device)
+            self._slot_free = self._lane.now()  # its memory may have been another's, whose computation still runs
         self._arrived()  # what nobody came for must not arrive after this one
         self._arriving = None
         home = self._homes[i]

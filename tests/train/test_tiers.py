@@ -20,6 +20,7 @@ from qlora.model.nf4 import four_bit_weights
 from qlora.model.residency import Residency
 from qlora.model.shards import ShardReader
 from qlora.model.source import open_source
+from qlora.model.transfer import Lane
 from qlora.train.step import LayerMajor
 from tests.conftest import random_batch
 
@@ -185,6 +186,31 @@ def test_a_layer_that_arrives_late_is_waited_for(step_of, monkeypatch):
     monkeypatch.setattr(ShardReader, "read_into", late)
     assert same(outcome(made, k=1), expected)
     assert made[1].residency.waited > 0.05
+
+
+def test_no_copy_into_the_slot_begins_before_the_computation_that_had_its_memory_is_done(step_of):
+    class Recorder(Lane):
+        """A lane whose events are told apart by when they were made."""
+
+        def __init__(self):
+            super().__init__(CPU)
+            self.issued, self.made = [], 0
+
+        def copy(self, to, source, after=None):
+            self.issued.append(after)
+            return super().copy(to, source)
+
+        def now(self):
+            self.made += 1
+            return self.made
+
+    _, step = step_of(layers_on_device=0)
+    step.residency._lane = lane = Recorder()
+    step([random_batch()])
+    step.residency.evict(0)
+    step([random_batch()])
+    # The first one waits for all that was issued before the slot was made, each later one for the expansion before it.
+    assert None not in lane.issued and lane.issued == sorted(set(lane.issued))
 
 
 def test_a_layer_that_cannot_be_read_stops_the_step_with_its_files_name(step_of, monkeypatch):
