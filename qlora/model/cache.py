@@ -150,6 +150,12 @@ class Cache:
         # `.data`, or autograd would take a write to one of them, which PEFT does to parameters, for a write to all.
         return {name: view.data for name, view in reader.layout.views(buffer).items()}
 
+    def discard(self) -> None:
+        """Take it out of its place, as its bytes were found to be wrong: a new one would yield to it."""
+        stale = _sibling(self.directory, "stale")
+        self.directory.rename(stale)
+        shutil.rmtree(stale, ignore_errors=True)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""

@@ -35,15 +35,15 @@ class LayerHome(Protocol):
     def replace(self, weight: FourBitWeight, parts: Mapping[str, torch.Tensor]) -> None: ...
 
 
-def key(weight: FourBitWeight, part: str) -> str:
-    """Name of a weight's part in its layer's layout."""
-    return f"{weight.name}.{part}"
+def key(name: str, part: str) -> str:
+    """What a part of the weight `name` is called in its layer's layout."""
+    return f"{name}.{part}"
 
 
 def layout_of(weights: Mapping[str, Sequence[int]], four_bit: FourBit) -> Layout:
     """Where each part of a group of weights lies. weights: name -> shape."""
     return Layout.of(
-        {f"{name}.{part}": kind for name, shape in weights.items() for part, kind in parts_of(shape, four_bit).items()}
+        {key(name, part): kind for name, shape in weights.items() for part, kind in parts_of(shape, four_bit).items()}
     )
 
 
@@ -68,11 +68,11 @@ class OnHost:
         return lambda: event
 
     def parts(self, weight: FourBitWeight) -> dict[str, torch.Tensor]:
-        return {part: self._views[key(weight, part)].to(weight.device) for part in parts_in(weight)}
+        return {part: self._views[key(weight.name, part)].to(weight.device) for part in parts_in(weight)}
 
     def replace(self, weight: FourBitWeight, parts: Mapping[str, torch.Tensor]) -> None:
         for part, value in parts.items():
-            self._views[key(weight, part)].copy_(value)
+            self._views[key(weight.name, part)].copy_(value)
 
 
 class OnFile:
@@ -92,7 +92,7 @@ class OnFile:
         assert self.reader is not None
         try:
             with safe_open(self.reader.path, framework="pt", backend="pread") as f:
-                return {part: f.get_tensor(key(weight, part)).to(weight.device) for part in parts_in(weight)}
+                return {part: f.get_tensor(key(weight.name, part)).to(weight.device) for part in parts_in(weight)}
         except (OSError, SafetensorError) as error:
             raise CacheError(f"{self.reader.path}: cannot be read: {error}") from error
 

@@ -111,6 +111,7 @@ def _through_cache(
             store.take(cache)
         except CacheError as error:
             say(f"{error}\n  the cache is built again")
+            cache.discard()
         else:
             tensors = dense | dict.fromkeys(store.names, _IN_STORE)
             return _materialize(source, skeleton, tensors, streaming, device), True

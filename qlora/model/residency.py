@@ -111,7 +111,7 @@ class Residency:
         views = home.layout.views(self._slot)
         try:
             for weight in self._weights[i]:
-                weight.held = {part: views[key(weight, part)] for part in parts_in(weight)}
+                weight.held = {part: views[key(weight.name, part)] for part in parts_in(weight)}
             yield
         finally:
             for weight in self._weights[i]:

@@ -15,7 +15,7 @@ from qlora.config import MemoryConfig
 from qlora.errors import HostMemoryError
 from qlora.machine import GIB, free_bytes
 from qlora.model.cache import Cache, CacheBuilder
-from qlora.model.homes import Disk, LayerHome, OnFile, OnHost, layout_of, padded, spread
+from qlora.model.homes import Disk, LayerHome, OnFile, OnHost, key, layout_of, padded, spread
 from qlora.model.nf4 import FourBit, FourBitWeight, parts_of, quantize
 from qlora.model.transfer import host_buffer
 
@@ -89,7 +89,7 @@ class Store:
             parts = quantize(dense.to(self.device), self.four_bit)
             if self.builder is not None:
                 for part, value in parts.items():
-                    self.builder.writer(group).write(f"{name}.{part}", value)
+                    self.builder.writer(group).write(key(name, part), value)
             if home is None:
                 weight.held = parts
             elif isinstance(home, OnHost):
@@ -101,6 +101,7 @@ class Store:
         """Bring every layer from the cache to its place, and look at every byte of it on the way. Raises CacheError."""
         largest = max(padded(layout.nbytes) for layout in self.layouts.values())
         passing: torch.Tensor | None = None
+        held: dict[str, dict[str, torch.Tensor]] = {}
         for group, layout in self.layouts.items():
             home, reader = self._homes.get(group), cache.reader(group)
             if isinstance(home, OnHost):
@@ -112,12 +113,12 @@ class Store:
             if home is None:
                 views = layout.views(passing)
                 for name, shape in self.groups[group].items():
-                    self._held[name] = {
-                        part: views[f"{name}.{part}"].to(self.device, copy=True)
+                    held[name] = {
+                        part: views[key(name, part)].to(self.device, copy=True)
                         for part in parts_of(shape, self.four_bit)
                     }
         self.open_files(cache)
-        self.cached = True
+        self._held, self.cached = held, True
 
     def open_files(self, cache: Cache) -> None:
         """From here on layers on file are read from this cache, which is complete."""

@@ -1,7 +1,8 @@
 """Trained weights that live on the host: a layer's move to the device for its visit, and their gradients come back.
 
 The optimizer, its state and the clipping then work on the host, over whole gradients, so nothing of them is
-approximate. What a 70B model's adapter of rank 64 takes on the device falls from 9 GB to one layer's hundredth part.
+approximate. An adapter of rank 64 on all linear layers of a 70B model, 829 M parameters, would take 8.3 GB with its
+gradients and an 8-bit optimizer's state; one layer's weights and gradients take 83 MB.
 """
 
 from __future__ import annotations

@@ -159,3 +159,28 @@ def test_a_file_that_only_bears_the_name_gguf_is_said(tmp_path, recipe):
     path.write_bytes(b"nothing of the kind")
     with pytest.raises(ModelError, match="not a GGUF file"):
         loaded(recipe(path))
+
+
+@pytest.mark.parametrize("layers_on_host", [None, 0])
+@pytest.mark.parametrize("shard", ["model.layers.1.safetensors", "dense.safetensors"])
+def test_a_damaged_cache_is_said_and_built_again(shard, layers_on_host, checkpoint, recipe, tmp_path):
+    memory = {"nf4_cache_dir": str(tmp_path), "layers_on_device": 1, "layers_on_host": layers_on_host}
+    config, ids = recipe(checkpoint("llama"), memory=memory), torch.arange(9)[None]
+
+    def load():
+        said = []
+        base = load_base(config, open_source(config.model), torch.device("cpu"), said.append)
+        with torch.no_grad():
+            return base.cached, said, base.model(input_ids=ids).logits
+
+    cached, said, expected = load()
+    assert not cached and not said
+    [path] = tmp_path.glob(f"nf4/*/{shard}")
+    content = bytearray(path.read_bytes())
+    content[-40] ^= 1
+    path.write_bytes(content)
+    cached, said, logits = load()
+    assert not cached and shard in said[0] and "built again" in said[0]
+    assert torch.equal(logits, expected)
+    cached, said, logits = load()
+    assert cached and not said and torch.equal(logits, expected)
