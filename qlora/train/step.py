@@ -299,7 +299,13 @@ def choose(
 
 
 # What only layers that run one at a time can give, and what a model has without.
-_NEEDS_LAYERS = {"activations": "device", "adapters": "device", "embeddings": "device", "layer_tile_tokens": None}
+_NEEDS_LAYERS = {
+    "layers_on_device": None,
+    "activations": "device",
+    "adapters": "device",
+    "embeddings": "device",
+    "layer_tile_tokens": None,
+}
 
 
 def _result(losses: list[torch.Tensor], batches: Sequence[Batch], supervised: int) -> StepResult:

@@ -250,6 +250,8 @@ def test_a_model_that_cannot_be_cut_trains_in_the_standard_order_and_says_so(tmp
     assert model.model.layers[0].mlp.up_proj.weight.grad.abs().max() > 0
     with pytest.raises(ModelError, match="cannot be cut"):
         choose(model, CPU, MemoryConfig(order="layer-major"), 0, tmp_path, said.append)
+    with pytest.raises(ModelError, match=r"memory\.layers_on_device: 1, memory\.activations: host: .*cannot be cut"):
+        choose(model, CPU, MemoryConfig(layers_on_device=1, activations="host"), 0, tmp_path, said.append)
 
 
 class SideChannel(LlamaForCausalLM):
