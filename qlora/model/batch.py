@@ -72,24 +72,49 @@ class Batch:
         return positions, following[positions]
 
 
-def join(batches: Sequence[Batch], most_tokens: int) -> list[Batch]:
-    """Join neighbours of one shape into larger micro-batches of at most `most_tokens` tokens.
+def regroup(batches: Sequence[Batch], most_tokens: int) -> list[Batch]:
+    """Cut a step's rows anew, into micro-batches of at most `most_tokens` tokens, or of one row.
 
-    A step is a sum over its micro-batches, so where they are cut is free; fewer and larger matrix products are faster.
-    Padded micro-batches are left alone: they are as large as the user made them.
+    A step is a sum over its rows, so where they are cut is free: fewer and larger matrix products are faster, and more
+    and smaller ones take less memory. The rows stay in their order. Neighbours of one length share a micro-batch;
+    those that came padded are split, and share none with others.
+
+    most_tokens  0: nothing is changed
     """
-    joined: list[list[Batch]] = []
-    for batch in batches:
-        group = joined[-1] if joined else []
-        alike = all(
-            member.attention_mask is None and member.input_ids.shape[1] == batch.input_ids.shape[1]
-            for member in (*group, batch)
-        )
-        if group and alike and sum(member.tokens for member in (*group, batch)) <= most_tokens:
-            group.append(batch)
+    if not most_tokens:
+        return list(batches)
+    groups: list[list[Batch]] = []
+    for piece in (piece for batch in batches for piece in _pieces(batch, most_tokens)):
+        group = groups[-1] if groups else []
+        width = piece.input_ids.shape[1]
+        alike = all(each.attention_mask is None and each.input_ids.shape[1] == width for each in (*group, piece))
+        if group and alike and sum(each.input_ids.numel() for each in (*group, piece)) <= most_tokens:
+            group.append(piece)
             continue
-        joined.append([batch])
-    return [group[0] if len(group) == 1 else _concatenated(group) for group in joined]
+        groups.append([piece])
+    return [group[0] if len(group) == 1 else _concatenated(group) for group in groups]
+
+
+def _pieces(batch: Batch, most_tokens: int) -> list[Batch]:
+    """The micro-batch, by rows where it holds too many tokens; one row each where they may still be joined."""
+    rows, width = batch.input_ids.shape
+    if rows * width <= most_tokens:
+        return [batch]
+    size = 1 if batch.attention_mask is None else max(most_tokens // width, 1)
+    return [_of_rows(batch, start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _of_rows(batch: Batch, start: int, end: int) -> Batch:
+    documents = batch.documents[start:end]
+    before = sum(map(len, batch.documents[:start]))
+    return Batch(
+        batch.input_ids[start:end],
+        batch.position_ids[start:end],
+        batch.labels[start:end],
+        None if batch.attention_mask is None else batch.attention_mask[start:end],
+        batch.rows[before : before + sum(map(len, documents))],
+        documents,
+    )
 
 
 def _concatenated(group: Sequence[Batch]) -> Batch:

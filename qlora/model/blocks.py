@@ -41,14 +41,20 @@ class _Arrived(Exception):
     """The model's forward got to the last layer."""
 
 
+@dataclass(slots=True)
+class _Passing:
+    """What the stand-ins of a model tell each other. answer: what takes the place of every layer's output, if any."""
+
+    answer: torch.Tensor | None = None
+
+
 class _StandIn(nn.Module):
     """Stands where a decoder layer was."""
 
-    def __init__(self, layer: nn.Module, is_last: bool, gives_tuple: bool) -> None:
+    def __init__(self, layer: nn.Module, is_last: bool, gives_tuple: bool, passing: _Passing) -> None:
         super().__init__()
         self.__dict__["_layer"] = layer  # not as a submodule: nothing that walks the model may find it here
-        self._is_last, self._gives_tuple = is_last, gives_tuple
-        self.answer: torch.Tensor | None = None
+        self._is_last, self._gives_tuple, self._passing = is_last, gives_tuple, passing
         self.received: torch.Tensor | None = None
         self.arguments: Arguments | None = None
 
@@ -60,8 +66,8 @@ class _StandIn(nn.Module):
             return getattr(self.__dict__["_layer"], name)
 
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.answer is not None:
-            hidden = self.answer
+        if self._passing.answer is not None:
+            hidden = self._passing.answer
         else:
             self.received, self.arguments = hidden, (args, kwargs)
             if self._is_last:
@@ -69,7 +75,7 @@ class _StandIn(nn.Module):
         return (hidden,) if self._gives_tuple else hidden
 
     def forget(self) -> None:
-        self.answer = self.received = self.arguments = None
+        self.received = self.arguments = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +111,10 @@ class Blocks:
         layers = model.get_submodule(path)
         assert isinstance(layers, nn.ModuleList)
         self.layers, last = layers, len(layers) - 1
-        self._stand_ins = [_StandIn(layer, i == last, gives_tuple) for i, layer in enumerate(layers)]
+        self._gives_tuple, self._passing = gives_tuple, _Passing()
+        self._stand_ins = [_StandIn(layer, i == last, gives_tuple, self._passing) for i, layer in enumerate(layers)]
+        self._in_their_place = nn.ModuleList(self._stand_ins)  # once: the head and loss ask for it many times a step
+        self._takes = inspect.signature(model.forward).parameters.keys()
         self.isolates_documents = False  # whether packed documents do not see each other; `cut` finds out
         self._axes: list[list[int | None]] = []  # the tokens' axis of each argument of each layer; `cut` finds out
         self._no_tiles = "it was not tried"  # why there are none, or nothing; `cut` finds out
@@ -113,6 +122,14 @@ class Blocks:
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    def again(self, model: PreTrainedModel) -> Blocks:
+        """The same cut of a model of the same make, whose further layers are like the last. Nothing is proven anew."""
+        model.set_attn_implementation(str(self.model.config._attn_implementation))
+        blocks = Blocks(model, self.path, self._gives_tuple)
+        blocks.isolates_documents, blocks._no_tiles = self.isolates_documents, self._no_tiles
+        blocks._axes = (self._axes + self._axes[-1:] * len(blocks))[: len(blocks)]
+        return blocks
 
     @property
     def can_tile(self) -> bool:
@@ -170,25 +187,28 @@ class Blocks:
         as N sequences of one token: no mask between them, and no position beyond what the model knows.
         """
         hidden = hidden[:, None]
-        for stand_in in self._stand_ins:
-            stand_in.answer = hidden
+        self._passing.answer = hidden
         try:
-            with self._stood_in():
+            with self._stood_in(), driving(_no_attention):  # who drives, makes no mask
                 return self.model(**self._nothing_in_front_of(hidden), use_cache=False).logits[:, 0]
         finally:
-            for stand_in in self._stand_ins:
-                stand_in.forget()
+            self._passing.answer = None
 
     def _nothing_in_front_of(self, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
         # What enters does not matter. Embedded zeros cost no lookup, which counts where the embedding is on the host.
-        if "inputs_embeds" in inspect.signature(self.model.forward).parameters:
+        if "inputs_embeds" in self._takes:
             width = _shape_of_embedding(self.model)[1]
-            return {"inputs_embeds": hidden.new_zeros(*hidden.shape[:2], width)}
-        return {"input_ids": torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)}
+            inputs = {"inputs_embeds": hidden.new_zeros(*hidden.shape[:2], width)}
+        else:
+            inputs = {"input_ids": torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)}
+        if "attention_mask" in self._takes:
+            # Without one, transformers looks for packed documents, and the host waits for what the device finds.
+            inputs["attention_mask"] = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        return inputs
 
     @contextmanager
     def _stood_in(self) -> Iterator[None]:
-        self.model.set_submodule(self.path, nn.ModuleList(self._stand_ins))
+        self.model.set_submodule(self.path, self._in_their_place)
         try:
             yield
         finally:

@@ -140,6 +140,10 @@ class HeadOnHost:
         at_rest = host_buffer(weight.nbytes, self._device).view(weight.dtype).view(weight.shape)
         weight.data = at_rest.copy_(weight.data)
 
+    def tokens_at_once(self, chunk: int) -> int:
+        """Tokens that have as many logits in one chunk of columns as `chunk` tokens have in the whole vocabulary."""
+        return chunk * self.chunks[-1].stop // self.chunks[0].stop
+
     def sweep(self) -> Iterator[tuple[slice, Epilogue]]:
         """Pass over the vocabulary once: each chunk of columns, with the epilogue that gives their logits alone.
 

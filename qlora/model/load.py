@@ -68,8 +68,7 @@ def load_base(
     Raises ModelError, and MachineError before anything is loaded.
     """
     started = time.perf_counter()
-    dtype: torch.dtype = getattr(torch, config.model.dtype)
-    skeleton = _skeleton(source, _config(source, config), config, dtype)
+    skeleton = build_skeleton(_config(source, config), config, source.name)
     streaming, cached = StreamingConfig(), False
     if config.method == "qlora" and (targets := four_bit_targets(skeleton)):
         four_bit = four_bit_of(config.quantization)
@@ -188,14 +187,14 @@ def _materialize(
     return model
 
 
-def _skeleton(source: Source, model_config: PreTrainedConfig, config: Config, dtype: torch.dtype) -> PreTrainedModel:
-    """The model without weights."""
+def build_skeleton(model_config: PreTrainedConfig, config: Config, name: str) -> PreTrainedModel:
+    """The recipe's model without weights, on the meta device. name: for people. Raises ModelError."""
 
     def build(attention: str) -> PreTrainedModel:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(
                 model_config,
-                dtype=dtype,
+                dtype=getattr(torch, config.model.dtype),
                 attn_implementation=attention,
                 trust_remote_code=config.model.trust_remote_code,
             )
@@ -207,10 +206,10 @@ def _skeleton(source: Source, model_config: PreTrainedConfig, config: Config, dt
         except ValueError as error:
             if attention != "sdpa" or "attn_implementation" not in str(error):
                 raise
-            warnings.warn(f"{source.name}: has no `sdpa` attention; `eager` is used", stacklevel=2)
+            warnings.warn(f"{name}: has no `sdpa` attention; `eager` is used", stacklevel=2)
             return build("eager")
     except (ValueError, ImportError) as error:
-        raise ModelError(f"{source.name}: not a decoder that transformers can build: {error}") from error
+        raise ModelError(f"{name}: not a decoder that transformers can build: {error}") from error
 
 
 def _generation_config(source: Source, model: PreTrainedModel) -> GenerationConfig:

@@ -90,6 +90,11 @@ class FourBitWeight(nn.Module):
         """The dense weight: the one that stands, in a visit; else a new one."""
         return self.expand() if self._standing is None else self._standing
 
+    def dense(self) -> torch.Tensor:
+        """The dense weight that stands."""
+        assert self._standing is not None, f"{self.name} is asked for outside of a visit"
+        return self._standing
+
     @contextmanager
     def standing(self, out: torch.Tensor | None = None) -> Iterator[None]:
         """Expand once, into `out` where given, and keep the dense weight while the context lasts."""

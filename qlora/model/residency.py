@@ -11,7 +11,7 @@ One slot and one set of dense buffers serve all layers, and are allocated once.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -41,6 +41,7 @@ class Residency:
         self.waited = 0.0
         self._lane = Lane(device)
         self._slot: torch.Tensor | None = None
+        self._views: dict[int, Mapping[str, torch.Tensor]] = {}  # of each layer's parts, while they are in the slot
         self._slot_free: Event = None
         self._arriving: tuple[int, Callable[[], Event]] | None = None
         self._dense: torch.Tensor | None = None
@@ -75,6 +76,7 @@ class Residency:
             self._homes[i] = home
         self._arrived()  # or it would arrive in memory that is given up
         self._arriving = self._slot = None  # a layer that moved may be larger than those that came so far
+        self._views.clear()
         return len(chosen)
 
     def route(self, order: Sequence[int]) -> Iterator[AbstractContextManager[None]]:
@@ -108,7 +110,9 @@ class Residency:
         self._fetch(i)
         self._arrived()
         assert self._slot is not None
-        views = home.layout.views(self._slot)
+        views = self._views.get(i)
+        if views is None:
+            views = self._views[i] = home.layout.views(self._slot)
         try:
             for weight in self._weights[i]:
                 weight.held = {part: views[key(weight.name, part)] for part in parts_in(weight)}

@@ -97,6 +97,34 @@ def open_source(section: ModelConfig) -> Source:
     return Source(name, directory, None, _safetensors_in(directory, name), revision)
 
 
+def config_of(section: ModelConfig) -> PreTrainedConfig:
+    """The configuration of a base model, without its weights: of a hub id only config.json is fetched.
+
+    `model_name_or_path` may be a config.json file too. Raises ModelError where there is none to read.
+    """
+    name, path = section.model_name_or_path, Path(section.model_name_or_path).expanduser()
+    if path.suffix.lower() == ".gguf":
+        return open_source(section).config(section.trust_remote_code)
+    if path.suffix == ".json" and path.is_file():
+        try:
+            facts = json.loads(path.read_text())
+            return AutoConfig.for_model(**facts)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ModelError(f"{name}: not a configuration that transformers can read: {error}") from error
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ModelError(f"{name}: has no config.json")
+    try:
+        return AutoConfig.from_pretrained(
+            path if path.is_dir() else name, revision=section.revision, trust_remote_code=section.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        said = str(error).strip().split("\n")[0]
+        raise ModelError(
+            f"{name}: its configuration cannot be read: {said}\n"
+            "  give a directory or a config.json file; a gated model needs `hf auth login` first"
+        ) from error
+
+
 def _download(name: str, revision: str | None, with_code: bool) -> tuple[Path, str]:
     """Fetch what is not in the hub's cache yet; returns where it is, and the commit."""
     from huggingface_hub import snapshot_download

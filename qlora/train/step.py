@@ -9,6 +9,9 @@ layer goes from its forward straight into its backward.
     ready(last);                             for j in micro-batches: forward, head and loss, backward
     for i in the others, down:     ready(i); for j in micro-batches: layer_i(h[j, i]) again, backward
 
+Where memory allows, the layers below the last may keep what is inside them, the last ones first, as these wait for the
+shortest time: `memory.layers_kept`. To the store of boundary activations they and the last one are as one layer.
+
 Each parameter's gradient sums over micro-batches in their order, as it does in the standard order, so both orders give
 the same bits. The standard order remains for a model that cannot be cut.
 """
@@ -26,9 +29,10 @@ from transformers import PreTrainedModel
 
 from qlora.config import MemoryConfig
 from qlora.errors import ModelError
-from qlora.model.batch import Batch, join
+from qlora.model.batch import Batch, regroup
 from qlora.model.blocks import Blocks, CannotCut, Entry, cut, inputs_of
 from qlora.model.ends import CannotStayOnHost, HeadOnHost, ends_to_host
+from qlora.model.kept import without_weights
 from qlora.model.loss import TokenLoss, head_loss, streamed_head_loss
 from qlora.model.residency import Residency
 from qlora.train.activations import Activations, OnDevice, OnFile, OnHost
@@ -75,7 +79,8 @@ class LayerMajor:
         """
         self.blocks, self.residency, self.seed = blocks, residency, seed
         self.device = residency.device
-        self.loss_chunk, self.joined_tokens = memory.loss_chunk_tokens, memory.micro_batch_tokens
+        self.loss_chunk, self.most_tokens = memory.loss_chunk_tokens, memory.micro_batch_tokens
+        self.layers_kept = min(memory.layers_kept, len(blocks) - 1)  # the last one is as good as kept
         store: Callable[[bool], Activations] = {
             "device": OnDevice,
             "host": lambda passing: OnHost(self.device, passing),
@@ -105,26 +110,41 @@ class LayerMajor:
         step     number of the optimizer step; with the seed it fixes every dropout mask
         """
         blocks, last = self.blocks, len(self.blocks) - 1
-        batches = join(batches, self.joined_tokens)
+        first = last - self.layers_kept  # from here on up nothing is computed again
+        batches = regroup(batches, self.most_tokens)
         supervised = sum(batch.supervised for batch in batches)
         route = self._route([*range(last), *range(last, -1, -1)])
+        kept: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}  # layer, micro-batch -> its input, output
         with _reproducible(self.device), self.activations as acts, self.gradients as slopes:
-            entries = self._enter(batches, acts, slopes)
+            entries = self._enter(batches, acts, slopes, first)
+
+            def received(i: int, j: int) -> torch.Tensor:
+                x = acts.take(i, j) if i <= first else kept[i - 1, j][1].detach()
+                if first == i < last:
+                    x = x.clone()  # what is taken holds until the next take, and this is to hold for longer
+                return x.requires_grad_(i > 0 or entries[j].hidden.requires_grad)
+
             with torch.no_grad():
                 for i in range(last):
                     with next(route):
                         for j, entry in enumerate(entries):
                             self._seed(step, i, j)
-                            acts.put(i + 1, j, blocks.layer(i, acts.take(i, j), entry))
+                            if i < first:
+                                acts.put(i + 1, j, blocks.layer(i, acts.take(i, j), entry))
+                            else:
+                                kept[i, j] = self._keep(i, received(i, j), entry)
             losses = []
             for i in range(last, -1, -1):
                 below = last - i  # how far down
                 with next(route):
                     for j, entry in enumerate(entries):
-                        x = acts.take(i, j).requires_grad_(i > 0 or entry.hidden.requires_grad)
-                        self._seed(step, i, j)
-                        with torch.enable_grad():
-                            y = blocks.layer(i, x, entry, wanted=i == last)
+                        if (i, j) in kept:
+                            x, y = kept.pop((i, j))
+                        else:
+                            x = received(i, j)
+                            self._seed(step, i, j)
+                            with torch.enable_grad():
+                                y = blocks.layer(i, x, entry, wanted=i == last)
                         if i == last:
                             loss, slope = self._loss(y, batches[j], supervised, backward=True)
                             losses.append(loss)
@@ -140,8 +160,16 @@ class LayerMajor:
                     entry.hidden.backward(slopes.take(last, j))
         return _result(losses, batches, supervised)
 
-    def _enter(self, batches: Sequence[Batch], acts: Activations, slopes: Activations) -> list[Entry]:
-        """Run what comes before layer 0, one micro-batch at a time, and begin with what it gives."""
+    def _keep(self, i: int, x: torch.Tensor, entry: Entry) -> tuple[torch.Tensor, torch.Tensor]:
+        """Layer i's input and output, with the graph between them that lasts until the way down."""
+        with torch.enable_grad(), without_weights(self.blocks.layers[i]):
+            return x, self.blocks.layer(i, x, entry)
+
+    def _enter(self, batches: Sequence[Batch], acts: Activations, slopes: Activations, first: int) -> list[Entry]:
+        """Run what comes before layer 0, one micro-batch at a time, and begin with what it gives.
+
+        first  the highest layer whose input waits in `acts`
+        """
         entries: list[Entry] = []
         for j, batch in enumerate(batches):
             with torch.set_grad_enabled(self._outside_trains):
@@ -150,7 +178,7 @@ class LayerMajor:
             if j == 0:
                 shapes = [(*each.input_ids.shape, hidden.shape[-1]) for each in batches]
                 like = [torch.empty(shape, dtype=hidden.dtype, device="meta") for shape in shapes]
-                acts.begin(like, len(self.blocks))
+                acts.begin(like, first + 1)
                 slopes.begin(like, len(self.blocks) - 1 + hidden.requires_grad)
             acts.put(0, j, hidden)
             entries.append(entry if hidden.requires_grad else entry.without_hidden())
@@ -160,6 +188,7 @@ class LayerMajor:
     def evaluate(self, batches: Sequence[Batch]) -> StepResult:
         """The same loss with no gradients: each layer is visited once for all of `batches`."""
         blocks = self.blocks
+        batches = regroup(batches, self.most_tokens)
         supervised = sum(batch.supervised for batch in batches)
         entries = [blocks.prologue(batch) for batch in batches]
         hidden = [entry.hidden for entry in entries]
@@ -174,6 +203,9 @@ class LayerMajor:
 
         returns what changed, or None where nothing is left to change. Raises HostMemoryError.
         """
+        if self.layers_kept:
+            self.layers_kept //= 2
+            return f"memory.layers_kept: {self.layers_kept}"
         if isinstance(self.activations, OnDevice):
             self.activations, self.gradients = OnHost(self.device), OnHost(self.device, passing=True)
             return "memory.activations: host"
@@ -206,7 +238,8 @@ class LayerMajor:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self._head is None:
             return head_loss(self.blocks.epilogue, hidden, batch, supervised, self.loss_chunk, backward)
-        return streamed_head_loss(self._head.sweep, hidden, batch, supervised, self.loss_chunk, backward)
+        chunk = self._head.tokens_at_once(self.loss_chunk)
+        return streamed_head_loss(self._head.sweep, hidden, batch, supervised, chunk, backward)
 
     def _seed(self, step: int, layer: int, micro_batch: int) -> None:
         # The recompute must draw the dropout masks of the first pass. torch's CPU generator takes 32 bits of seed.
@@ -305,6 +338,7 @@ _NEEDS_LAYERS = {
     "adapters": "device",
     "embeddings": "device",
     "layer_tile_tokens": None,
+    "layers_kept": 0,
 }
 
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from qlora.model import attention
 from qlora.model.attention import Call, Unsupported, attend
-from qlora.model.batch import Batch, join
+from qlora.model.batch import Batch, regroup
 from qlora.model.blocks import CannotCut, cut, inputs_of
 from tests.conftest import ARCHITECTURES, random_batch, tiny_config
 
@@ -33,7 +33,7 @@ def padded(*lengths):
 
 
 def joined(*batches):
-    return join(batches, 1000)[0]
+    return regroup(batches, 1000)[0]
 
 
 BATCHES = {

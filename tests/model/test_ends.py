@@ -1,6 +1,6 @@
 """The ends of a model on the host: the same loss and gradient, and no more than a chunk of the head on the device."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from qlora.model import ends
+from qlora.model import attention, ends
 from qlora.model.adapters import attach
 from qlora.model.blocks import cut
 from qlora.model.ends import HOST, CannotStayOnHost, HeadOnHost, embedding_to_host, ends_to_host
@@ -141,6 +141,30 @@ def test_no_more_than_a_chunk_of_tokens_by_a_chunk_of_columns_ever_stands(archit
     with Largest(model.parameters()) as largest:  # the measure sees what it should
         head_loss(head._blocks.epilogue, hidden, batch, 9, chunk, backward=True)
     assert largest.numel == chunk * 4000
+
+
+@pytest.mark.parametrize(
+    "vocab, columns, expected", [(1000, 250, 32), (1000, 300, 26), (1000, 1000, 8), (1000, 9999, 8)]
+)
+def test_a_chunk_of_columns_has_room_for_more_tokens_the_narrower_it_is(vocab, columns, expected):
+    head = HeadOnHost(cut(of_config(vocab_size=vocab)), HOST, columns)
+    assert head.tokens_at_once(8) == expected
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gemma3_text", "mixtral", "gpt2"])
+def test_the_epilogue_makes_no_mask_and_waits_for_no_answer_of_the_device(architecture, checkpoint, monkeypatch):
+    blocks = cut(loaded(checkpoint(architecture)))
+    if blocks.model.config._attn_implementation == attention.NAME:
+        monkeypatch.setattr(attention, "sdpa_mask", lambda *_, **__: pytest.fail("a mask was made"))
+
+    class Waits(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert func is not torch.ops.aten._local_scalar_dense.default, "the host reads a number off the device"
+            return func(*args, **(kwargs or {}))
+
+    with Waits() if blocks.model.config._attn_implementation == attention.NAME else nullcontext():
+        logits = blocks.epilogue(torch.zeros(5, 64))
+    assert logits.shape == (5, 128)
 
 
 @pytest.mark.parametrize("where", ["columns", "epilogue"])

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from qlora.config import LoraSection
 from qlora.model import attention
 from qlora.model.adapters import attach
-from qlora.model.batch import Batch, join
+from qlora.model.batch import Batch, regroup
 from qlora.model.blocks import CannotCut, cut
 from qlora.model.tiles import WHOLE, CannotTile, token_axes
 from tests.conftest import random_batch, tiny_config
@@ -21,7 +21,7 @@ from tests.model.test_attention import SWITCHED, packed, padded
 BATCHES = {
     "single": packed(30),
     "packed": packed(5, 9, 9, 12),
-    "joined rows": join([packed(12, 20), packed(32, seed=1), packed(4, 4, 24, seed=2)], 1000)[0],
+    "joined rows": regroup([packed(12, 20), packed(32, seed=1), packed(4, 4, 24, seed=2)], 1000)[0],
     "padded": padded(9, 30, 17),
 }
 

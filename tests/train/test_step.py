@@ -9,7 +9,7 @@ from qlora.config import MemoryConfig
 from qlora.errors import ModelError
 from qlora.model.adapters import attach, trainable
 from qlora.model.batch import Batch
-from qlora.model.blocks import CannotCut, cut
+from qlora.model.blocks import Blocks, CannotCut, cut
 from qlora.model.load import load_base
 from qlora.model.loss import head_loss
 from qlora.model.residency import Residency
@@ -129,6 +129,18 @@ def test_the_chunk_of_the_loss_changes_nothing_but_memory(chunk, checkpoint, rec
         assert torch.allclose(expected[name], found[name], atol=1e-5 * expected[name].abs().max(), rtol=1e-4), name
 
 
+def test_as_many_logits_stand_with_the_head_on_the_host_as_on_the_device(checkpoint, recipe, monkeypatch):
+    """Not fewer: each call of the epilogue costs, however few tokens it is for."""
+    _, model = adapted(recipe(checkpoint("llama", vocab_size=1000)))
+    batch, calls, epilogue = random_batch(2, 33, vocab=1000, supervised=1.0), [], Blocks.epilogue
+    monkeypatch.setattr(Blocks, "epilogue", lambda *args: calls.append(epilogue(*args)) or calls[-1])
+    for where, shapes in (("device", [(8, 1000)] * 8), ("host", [(32, 250)] * 8)):
+        step = layer_major(model, loss_chunk_tokens=8, embeddings=where, vocabulary_chunk=250)
+        calls.clear()
+        step.evaluate([batch])
+        assert [tuple(logits.shape) for logits in calls] == shapes
+
+
 def test_recompute_draws_the_dropout_masks_of_the_first_pass(checkpoint, recipe):
     """The gradient is the derivative of the loss that was computed, which it is not where the masks differ."""
     peft_model, model = adapted(recipe(checkpoint("llama"), lora={"lora_dropout": 0.5}))
@@ -180,6 +192,26 @@ def test_micro_batches_of_one_shape_are_computed_together_and_give_the_same_grad
     result, found = together(batches), gradients(peft_model)
     assert result.loss == pytest.approx(expected_loss, rel=1e-6)
     assert result.rows == (("row0.0", "row1.0"), ("row2.0",), ("row3.0",), ("row4.0",))
+    for name in expected:
+        assert torch.allclose(expected[name], found[name], atol=1e-5 * expected[name].abs().max(), rtol=1e-4), name
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+def test_a_micro_batch_that_is_split_by_rows_gives_the_same_gradients(padding, checkpoint, recipe):
+    peft_model, model = adapted(recipe(checkpoint("qwen3")))
+    whole = layer_major(model)
+    split = LayerMajor(whole.blocks, whole.residency, MemoryConfig(micro_batch_tokens=30))
+    batch = random_batch(5, 12)
+    if padding:
+        batch.labels[1, -padding:] = -100
+        mask = torch.ones_like(batch.input_ids)
+        mask[1, -padding:] = 0
+        batch = Batch(batch.input_ids, batch.position_ids, batch.labels, mask, batch.rows)
+    expected_result, expected = whole([batch]), gradients(peft_model)
+    result, found = split([batch]), gradients(peft_model)
+    assert result.loss == pytest.approx(expected_result.loss, rel=1e-6)
+    assert result.rows == (("row0.0", "row0.1"), ("row0.2", "row0.3"), ("row0.4",))
+    assert (result.tokens, result.supervised) == (expected_result.tokens, expected_result.supervised)
     for name in expected:
         assert torch.allclose(expected[name], found[name], atol=1e-5 * expected[name].abs().max(), rtol=1e-4), name
 
