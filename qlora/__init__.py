@@ -3,6 +3,7 @@
 import qlora
 
 config = qlora.load_recipe("recipes/quickstart.yaml")
+print(qlora.plan(config))
 qlora.train(config)
 print(qlora.generate(config.training.output_dir, "..."))
 """
@@ -14,14 +15,20 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qlora.plan.planner import plan as plan
     from qlora.recipe import load_recipe as load_recipe
     from qlora.run import generate as generate
     from qlora.run import train as train
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "generate", "load_recipe", "train"]
+__all__ = ["__version__", "generate", "load_recipe", "plan", "train"]
 
-_HOMES = {"load_recipe": "qlora.recipe", "train": "qlora.run", "generate": "qlora.run"}
+_HOMES = {
+    "load_recipe": "qlora.recipe",
+    "plan": "qlora.plan.planner",
+    "train": "qlora.run",
+    "generate": "qlora.run",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -34,7 +41,8 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(ModuleType):
-    """Keeps `qlora.train` the function: Python puts the folder of that name there once somebody imports from it."""
+    """Keeps `qlora.train` and `qlora.plan` the functions: Python puts the folder of that name there once somebody
+    imports from it."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if name not in _HOMES or not isinstance(value, ModuleType):

@@ -44,6 +44,23 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--samples", type=int, default=3, metavar="N", help="rows to show in full (%(default)s)")
     data.set_defaults(command=_data)
 
+    plan = _with_recipe(
+        commands.add_parser("plan", help="say what a recipe takes and how fast it is, before anything is loaded"), "?"
+    )
+    plan.add_argument("--model", metavar="ID", help="another base: a hub id, a directory, a .gguf or config.json file")
+    plan.add_argument("--max-seq-length", type=int, metavar="N", help="other sequences: of at most N tokens")
+    plan.add_argument(
+        "--card", metavar="NAME", help="plan for a machine with that card, e.g. rtx4090; without, this one"
+    )
+    plan.add_argument("--vram", type=float, metavar="GIB", help="plan for a machine with a card of so much memory")
+    plan.add_argument("--host-ram", type=float, metavar="GIB", help="memory of that machine itself (32)")
+    plan.add_argument("--json", action="store_true", dest="as_json", help="print all of the plan, for programs")
+    plan.set_defaults(command=_plan, misused=plan.error)
+
+    doctor = commands.add_parser("doctor", help="say what this machine can train and what is wrong with its set-up")
+    doctor.add_argument("--measure", action="store_true", help="find out how fast it is, under a minute, and keep that")
+    doctor.set_defaults(command=_doctor)
+
     generate = commands.add_parser("generate", help="answer a prompt with a trained adapter")
     generate.add_argument("adapter", help="directory that `qlora train` left, or any PEFT LoRA")
     generate.add_argument("prompt", help="what the user says; - reads it from standard input")
@@ -55,8 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _with_recipe(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    parser.add_argument("recipe", help="a YAML file; `qlora schema` says what may stand in it")
+def _with_recipe(parser: argparse.ArgumentParser, nargs: str | None = None) -> argparse.ArgumentParser:
+    parser.add_argument("recipe", nargs=nargs, help="a YAML file; `qlora schema` says what may stand in it")
     parser.add_argument(
         "--set",
         action="append",
@@ -99,6 +116,41 @@ def _data(options: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(options: argparse.Namespace) -> int:
+    from qlora.recipe import load_recipe, parse_recipe
+
+    instead = []  # of what the recipe says; --set comes after it
+    if options.model is not None:
+        name = json.dumps(options.model, ensure_ascii=False)
+        # Which commit, and whether its code may run, was said of another model.
+        instead += [f"model.model_name_or_path={name}", "model.revision=", "model.trust_remote_code=false"]
+    if options.max_seq_length is not None:
+        instead.append(f"data.max_seq_length={options.max_seq_length}")
+    overrides = instead + options.overrides
+    if options.recipe is not None:
+        config = load_recipe(options.recipe, overrides)
+    elif options.model is not None:
+        config = parse_recipe(_NO_DATA, overrides=overrides)
+    else:
+        options.misused("a RECIPE is needed, or --model")
+    _hush()
+    from qlora.plan.show import show_plan
+
+    show_plan(config, options.card, options.vram, options.host_ram, as_json=options.as_json)
+    return 0
+
+
+_NO_DATA = "data: {datasets: [{path: unused}]}"  # a recipe needs some; a plan does not read them
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    _hush()
+    from qlora.plan.show import show_doctor
+
+    show_doctor(measuring=options.measure)
+    return 0
+
+
 def _generate(options: argparse.Namespace) -> int:
     run = _run()
 
@@ -108,15 +160,20 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _run() -> Any:
-    """The module that does the work, and the libraries under it, told to keep to what concerns the user."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional CPU kernel at each start
+    """The module that does the work."""
+    _hush()
     from qlora import run
 
+    return run
+
+
+def _hush() -> None:
+    """Tell the libraries underneath to keep to what concerns the user."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional CPU kernel at each start
     if not sys.stderr.isatty():  # in a log a moving bar is thousands of lines
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-    return run
 
 
 def _schema(_: argparse.Namespace) -> int:

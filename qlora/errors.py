@@ -11,7 +11,8 @@ Anything else that escapes is a bug of ours and keeps its traceback.
      ├─ AdapterError              an adapter: does not fit its base, not one of ours or PEFT's
      ├─ CheckpointError           a checkpoint: incomplete, or of another run
      ├─ MachineError              this machine: too little memory or disk for the run
-     │   └─ HostMemoryError       host memory that cannot be had, or not be page-locked
+     │   ├─ HostMemoryError       host memory that cannot be had, or not be page-locked
+     │   └─ PlanError             a run that will not fit, known before anything is loaded
      └─ TrainingError             a run that cannot go on
          └─ NonFiniteLossError    the loss became inf or NaN; the message names the step and the rows
 """
@@ -27,6 +28,7 @@ __all__ = [
     "MachineError",
     "ModelError",
     "NonFiniteLossError",
+    "PlanError",
     "Problem",
     "QLoRAError",
     "RecipeError",
@@ -105,6 +107,10 @@ class MachineError(QLoRAError):
 
 class HostMemoryError(MachineError):
     """Host memory that cannot be had, or not be page-locked."""
+
+
+class PlanError(MachineError):
+    """A run that will not fit on the machine. The message says what is short, and the smallest changes that fit."""
 
 
 class TrainingError(QLoRAError):

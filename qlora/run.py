@@ -21,6 +21,7 @@ from qlora.machine import device_name, free_bytes, memory_kind, peak_memory_gib,
 from qlora.model.adapters import attach, load_adapter, trainable
 from qlora.model.load import Base, load_base
 from qlora.model.source import open_source
+from qlora.plan.training import as_event, compared, planned_for
 from qlora.recipe import dump_recipe, load_recipe
 from qlora.report.events import EventLog, Events, read_events
 from qlora.report.terminal import Terminal
@@ -54,6 +55,10 @@ def train(
         events.emit("notice", text=text)
 
     with contextlib.closing(events), _warnings_as_notices(say):
+        planned = planned_for(config, source, data, output, resume, say)
+        if planned is not None:
+            config = planned.config
+            events.emit("plan", **as_event(planned))
         base = load_base(config, source, device, say)
         _check_vocabulary(data, base)
         model = base.model if config.method == "full" else attach(base.model, config.lora, training.seed)
@@ -89,6 +94,8 @@ def train(
             held_out.loss(outcome.progress.step)
             held_out.answers(outcome.progress.step)
         figures = _figures(loop, output, outcome.stopped)
+        if planned is not None:
+            figures["planned"] = compared(planned, loop, device, say)
         facts = export.facts(figures | held_out.figures, data.train.rows.fingerprint, device_name(device))
         export.write(output, model, tokenizer, dump_recipe(config), source.name, source.revision, facts)
         events.emit("end", **figures)

@@ -90,6 +90,7 @@ def recipe():
                 "quantization": {"bnb_4bit_compute_dtype": model["dtype"]},
                 "lora": {"r": 4, "lora_alpha": 8} | sections.pop("lora", {}),
                 "data": {"datasets": [{"path": "unused.jsonl"}]} | sections.pop("data", {}),
+                "memory": {"plan": False} | sections.pop("memory", {}),
             }
             | sections
         )

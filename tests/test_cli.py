@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -9,10 +10,15 @@ import sys
 import time
 
 import pytest
+import torch
+from rich.text import Text
 
 from qlora import run
 from qlora.cli import main
-from qlora.config import Config
+from qlora.config import Config, MemoryConfig
+from qlora.plan import show
+from qlora.plan.cards import machine_for
+from qlora.plan.types import Rates
 from qlora.recipe import parse_recipe
 from qlora.report.terminal import Terminal
 from tests import tiny
@@ -58,7 +64,7 @@ def test_help_answers_before_anyone_waits():
         seconds.append(time.perf_counter() - started)
     assert ran.stderr.strip() == "[]"
     assert min(seconds) < 0.5
-    assert all(command in ran.stdout for command in ("train", "data", "generate", "schema"))
+    assert all(command in ran.stdout for command in ("train", "data", "plan", "doctor", "generate", "schema"))
 
 
 def test_schema_is_a_json_schema_that_knows_every_section(capsys):
@@ -68,7 +74,11 @@ def test_schema_is_a_json_schema_that_knows_every_section(capsys):
     assert schema["additionalProperties"] is False and schema["required"] == ["model", "data"]
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["train"], ["train", "r.yaml", "--resume", "--overwrite"]], ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["fly"], ["train"], ["train", "r.yaml", "--resume", "--overwrite"], ["plan", "--card", "rtx4090"]],
+    ids=str,
+)
 def test_a_command_that_makes_no_sense_is_answered_with_the_usage(arguments, capsys):
     with pytest.raises(SystemExit) as exited:
         main(arguments)
@@ -83,10 +93,24 @@ def test_the_version_is_printed(capsys):
     assert capsys.readouterr().out == f"qlora {sys.modules['qlora'].__version__}\n"
 
 
+def test_what_the_package_offers_stays_callable_beside_folders_of_the_same_names():
+    code = (
+        "import qlora, qlora.plan.cards, qlora.train.step\n"
+        "from qlora.plan.cards import find\n"
+        "from qlora.plan import cards\n"
+        "from qlora import plan, train\n"
+        "assert find is cards.find and find('rtx4090').vram_gib == 24\n"
+        "assert all(callable(getattr(qlora, name)) for name in set(qlora.__all__) - {'__version__'})\n"
+        "print(plan.__module__, plan is qlora.plan, train.__module__)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ran.stdout, ran.returncode) == ("qlora.plan.planner True qlora.run\n", 0), ran.stderr
+
+
 # --- mistakes
 
 
-@pytest.mark.parametrize("command", ["train", "data"])
+@pytest.mark.parametrize("command", ["train", "data", "plan"])
 def test_every_mistake_in_a_recipe_has_its_line(command, mistake, tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text("model:\n  model_name_or_path: x\ndata:\n  datasets: [{path: x}]\ntraining:\n  lerning_rate: 1\n")
@@ -121,6 +145,116 @@ def test_a_bad_row_is_said_with_its_line(command, mistake, written, tmp_path):
 def test_a_directory_without_an_adapter_is_said(left, mistake, tmp_path):
     directory = tmp_path if left == "no adapter" else tmp_path / "nowhere"
     assert mistake("generate", directory, "Who?").startswith(f"AdapterError: {directory}: no adapter there")
+
+
+# --- planning
+
+
+@pytest.fixture
+def planned(capsys):
+    """planned(*arguments) -> the screen of `qlora plan`; beside it nothing is said."""
+
+    def call(*arguments):
+        assert main(["plan", *map(str, arguments)]) == 0
+        said = capsys.readouterr()
+        assert said.err == ""
+        return said.out
+
+    return call
+
+
+def test_a_plan_of_a_recipe_is_for_this_machine(written, planned):
+    screen = planned(written)
+    assert ("CPU" in screen) != torch.accelerator.is_available()
+    assert "4 x 64" in screen and "tokens/s" in screen and "lora, r 8" in screen
+    assert max(map(len, screen.splitlines())) <= 80
+
+
+def test_a_plan_for_a_card_needs_no_recipe_and_no_weights(checkpoint, planned, tmp_path):
+    model = shutil.copy(checkpoint("llama") / "config.json", tmp_path / "config.json")
+    machine = ("--vram", "6", "--host-ram", "12")
+    screen = planned("--model", model, "--max-seq-length", "32", *machine, "--set", "memory.activations=host")
+    assert str(model) in screen and "8 x 32" in screen and "qlora, r 16" in screen
+    assert "of 6.00 GiB free" in screen and "of 8.00" in screen  # of the host the system has 4
+    assert "activations: host" in screen and "fixed by the recipe" in screen
+
+
+def test_another_model_than_the_recipes_is_not_looked_for_at_its_revision(written, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(show, "plan_of", lambda config, machine: seen.append(config.model) or "the screen")
+    fixed = ("--set", "model.attn_implementation=eager", "--card", "rtx4090")
+    other = "with: spaces, 'quotes' # \\ and 😀"
+    recipe = written.read_text().replace('"dtype"', '"revision": "v1", "trust_remote_code": true, "dtype"')
+    written.write_text(recipe)
+    assert main(["plan", str(written), "--model", other, *fixed]) == 0
+    assert main(["plan", str(written), *fixed]) == 0
+    elsewhere, own = seen
+    assert elsewhere.model_name_or_path == other and own.model_name_or_path in recipe
+    assert (elsewhere.revision, elsewhere.trust_remote_code) == (None, False)
+    assert (own.revision, own.trust_remote_code) == ("v1", True)
+    assert elsewhere.attn_implementation == "eager" and elsewhere.dtype == own.dtype == "float32"
+    assert capsys.readouterr().out == "the screen\n" * 2
+
+
+def test_a_plan_as_json_is_all_of_it_and_nothing_else(written, planned):
+    found = json.loads(planned(written, "--card", "4060", "--json"))
+    assert found["machine"]["name"] == "RTX 4060" and found["fits"] is True
+    assert found["tokens"] == 256 and found["memory"].keys() == MemoryConfig.model_fields.keys()
+
+
+def test_a_card_that_is_unknown_is_answered_with_the_nearest(mistake, written):
+    said = mistake("plan", written, "--card", "rtx490")
+    assert said.startswith("MachineError: no figures of a card named `rtx490`\n  did you mean rtx4090")
+    assert "--vram must be a number of GiB above 0, got -3" in mistake("plan", written, "--vram", "-3")
+    assert "--card rtx4090, --vram 24" in mistake("plan", written, "--host-ram", "64")
+
+
+def test_what_does_not_fit_or_is_not_there_cannot_be_planned(mistake, written, tmp_path):
+    said = mistake("plan", written, "--vram", "0.9", "--set", "memory.order=standard")
+    assert said.startswith("PlanError: needs ") and "GiB free" in said
+    (tmp_path / "config.json").write_text("{}")
+    assert mistake("plan", "--model", tmp_path / "nowhere").startswith(f"ModelError: {tmp_path}/nowhere: ")
+    assert mistake("plan", "--model", tmp_path / "config.json").startswith(f"ModelError: {tmp_path}/config.json: ")
+    assert "data.max_seq_length" in mistake("plan", written, "--max-seq-length", "1")
+
+
+def test_a_terminal_gets_the_plan_in_color(written, monkeypatch, capsys):
+    monkeypatch.setattr(show, "plan_of", lambda *_: Text("the screen", "bold"))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert main(["plan", str(written), "--card", "rtx4090"]) == 0
+    assert "\x1b[1mthe screen" in capsys.readouterr().out
+
+
+def test_the_doctor_says_what_this_machine_is(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr()
+    assert said.err == "" and said.out.startswith("machine")
+    assert "bitsandbytes" in said.out and "`qlora doctor --measure`" in said.out and "`qlora plan RECIPE`" in said.out
+
+
+def test_the_doctor_measures_remembers_and_says_how_fast_models_train(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    rates = Rates(flops=2.5e13, memory=3e11, bus=1.2e10, disk=3.1e9)
+    monkeypatch.setattr(show, "measure", lambda *_: rates)
+    monkeypatch.setattr(show, "_pace", lambda size, machine: None if size == "14B" else f"{machine.rates.flops:g}")
+    assert main(["doctor", "--measure"]) == 0
+    said = capsys.readouterr()
+    assert said.err.splitlines()[1:] == [f"planning a model of {size}" for size in ("1B", "8B", "14B")]
+    assert "tokens/s: 1B 2.5e+13, 8B 2.5e+13, 14B does not fit; with 8 x 2,048" in said.out
+    assert "25 TFLOP/s" in said.out and "not measured" not in said.out
+    assert main(["doctor"]) == 0
+    assert "25 TFLOP/s" in capsys.readouterr().out  # another day
+
+
+def test_a_usual_model_is_read_from_disk_where_host_memory_has_no_room_for_it():
+    """Its layers are 33 GiB in four bits; of 64 GiB the system has 4, and of 32."""
+    large, small = (show._pace("70B", machine_for("rtx3070", host_gib=gib)) for gib in (64, 32))
+    assert large is not None and re.fullmatch(r"[\d.]+", large)
+    assert small is not None and re.fullmatch(r"[\d.]+ from disk", small)
+    assert show._pace("70B", machine_for(None, vram_gib=1.5)) is None
 
 
 # --- training, and what comes of it

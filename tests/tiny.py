@@ -44,6 +44,7 @@ def recipe_text(model: Path, directory: Path, method: str = "lora", pairs=PAIRS,
         "data": {"datasets": [{"path": str(write_rows(directory / "rows.jsonl", pairs))}], "max_seq_length": 64}
         | sections.get("data", {}),
         "training": training | sections.get("training", {}),
+        "memory": {"plan": False},
     }
     return json.dumps(values | {name: values.get(name, {}) | section for name, section in sections.items()}, indent=1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -60,7 +61,10 @@ class OnHost:
     def __init__(self, layout: Layout, buffer: torch.Tensor) -> None:
         """buffer: uint8 [padded(layout.nbytes)], of `host_buffer`'s kind."""
         self.layout, self.buffer = layout, buffer
-        self._views = layout.views(buffer)
+
+    @cached_property
+    def _views(self) -> dict[str, torch.Tensor]:
+        return self.layout.views(self.buffer)
 
     def fetch(self, slot: torch.Tensor, lane: Lane, after: Event) -> Callable[[], Event]:
         n = self.layout.nbytes

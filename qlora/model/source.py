@@ -91,10 +91,14 @@ def open_source(section: ModelConfig) -> Source:
         return Source(name, path.parent, path, (path,), None)
     if path.is_dir():
         return Source(name, path, None, _safetensors_in(path, name), None)
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name:
-        raise ModelError(f"{name}: no such directory, and not a hub id (`user/model`) either")
+    _refuse_paths(name, path)
     directory, revision = _download(name, section.revision, section.trust_remote_code)
     return Source(name, directory, None, _safetensors_in(directory, name), revision)
+
+
+def _refuse_paths(name: str, path: Path) -> None:
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name:
+        raise ModelError(f"{name}: no such directory, and not a hub id (`user/model`) either")
 
 
 def config_of(section: ModelConfig) -> PreTrainedConfig:
@@ -111,7 +115,9 @@ def config_of(section: ModelConfig) -> PreTrainedConfig:
             return AutoConfig.for_model(**facts)
         except (ValueError, TypeError, AttributeError) as error:
             raise ModelError(f"{name}: not a configuration that transformers can read: {error}") from error
-    if path.is_dir() and not (path / "config.json").is_file():
+    if not path.is_dir():
+        _refuse_paths(name, path)
+    elif not (path / "config.json").is_file():
         raise ModelError(f"{name}: has no config.json")
     try:
         return AutoConfig.from_pretrained(

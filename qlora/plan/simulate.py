@@ -1,8 +1,8 @@
 """The training step itself, run on fake tensors: what it would hold, move and compute, counted while it runs.
 
-Every tensor has a shape, a dtype and a storage, and no bytes. A dispatch mode counts storages as they are born and as
-they die, copies between host and device, and FLOPs. So nothing is estimated that code computes: what the step does
-(streaming, tiles, chunks) is what is counted, and where the step changes, the figures change with it.
+Every tensor has a shape, a dtype and a storage, and no bytes; a `Ledger` counts. So nothing is estimated that code
+computes: what the step does (streaming, tiles, chunks) is what is counted, and where the step changes, the figures
+change with it.
 
 The simulated accelerator is the device `cpu:1`, which does not exist, and the host is `cpu`, as ever: to PyTorch they
 are two devices, so what has to be moved is moved, and mixing them is an error. (Fake `cuda` tensors need a PyTorch that
@@ -10,96 +10,106 @@ was built with CUDA.) Nothing of a model is downloaded or made: its configuratio
 
 Numbers that a step reads off its tensors are all 1 here, and every token carries loss: both take the most memory.
 
-What is not in the figures: the CUDA context with its libraries' workspaces, about 0.5 GB; holes between blocks.
+A step of 80 layers takes minutes this way; `periodic` finds the same figures from a few layers.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from qlora.config import Config
+from qlora.errors import ModelError
 from qlora.model.adapters import attach, trainable
 from qlora.model.batch import Batch
-from qlora.model.blocks import CannotCut, cut
+from qlora.model.blocks import Blocks, CannotCut, cut
 from qlora.model.homes import READERS, Disk, LayerHome, OnFile, padded
-from qlora.model.load import four_bit_of, four_bit_targets
+from qlora.model.load import build_skeleton, four_bit_of, four_bit_targets
 from qlora.model.nf4 import FourBit, FourBitWeight, four_bit_weights, install, parts_of, quantize
 from qlora.model.residency import Residency
 from qlora.model.shards import CHUNK, Layout
 from qlora.model.store import Groups, Store, groups_of, tiers_of
 from qlora.model.transfer import Event, Lane, host_buffer
+from qlora.plan.allocator import CachingAllocator
+from qlora.plan.ledger import ACCELERATOR, HOST, WORKING_SET, Label, Ledger, stored
+from qlora.plan.types import PHASES, Phase, Usage
 from qlora.train import activations
 from qlora.train.loop import Loop
 from qlora.train.step import LayerMajor, MicroBatchMajor, Step
 
-HOST = torch.device("cpu")
-ACCELERATOR = torch.device("cpu", 1)
-BLOCK = 512  # bytes; the CUDA allocator hands out memory in multiples of it
+BASE, DENSE, ENDS, ADAPTERS = "base", "dense buffers", "embeddings, head, norms", "adapters"  # categories
+GRADIENTS, OPTIMIZER, BOUNDARIES, LOSS = "gradients", "optimizer state", "boundary activations", "head and loss"
 
-AT_WORK, BOUNDARIES, ADAPTERS = "layer at work", "boundary activations", "adapters"  # categories
+
+class CannotSimulate(ModelError):
+    """A model, or a way to run it, that fake tensors do not know."""
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
-    """What one optimizer step takes.
+class Record:
+    """What a step took, by what it was doing.
 
-    device, host  bytes at the moment when most were held there, by what they are for
-    file          bytes that the step has on disk, by what they are for
-    moment        when most was held on the device
-    flops         floating point operations of the step; causal attention counts the half that is computed
-    moved         bytes of the step by way: "host to device", "device to host", "from file", "to file"
-    tokens        of the step's micro-batches
-    order         "layer-major", or "standard" for a model that cannot be cut
+    device, host  the most that was held there, by category
+    phases        what was computed and moved
+    file          bytes on disk, by category
+    slack         bytes that torch's allocator held beside those on the device
+    entry         bytes of the working set that each micro-batch holds from its entry to the step's end
     """
 
-    device: dict[str, int]
-    host: dict[str, int]
-    file: dict[str, int]
-    moment: str
-    flops: int
-    moved: dict[str, int]
+    device: Mapping[Label, Mapping[str, int]]
+    host: Mapping[Label, Mapping[str, int]]
+    phases: Mapping[Label, Phase]
+    file: Mapping[str, int]
+    slack: int
+    entry: int
     tokens: int
-    order: str = "layer-major"
+    layers: int
+    kept: int
+    order: str
 
-    @property
-    def peak_bytes(self) -> int:
-        """Most bytes on the device at one time."""
-        return sum(self.device.values())
+    def usage(self) -> Usage:
+        """The step as a whole."""
+        at, device = _most(self.device)
+        merged = {name: Phase() for name in PHASES}
+        for (name, _), phase in self.phases.items():
+            into = merged.setdefault(name, Phase())
+            into.work.update(phase.work)
+            into.host_work.update(phase.host_work)
+            into.moved.update(phase.moved)
+        return Usage(
+            device=dict(device),
+            host=dict(_most(self.host)[1]),
+            file={category: n for category, n in self.file.items() if n},
+            moment=moment(at),
+            slack=self.slack,
+            phases=merged,
+            tokens=self.tokens,
+            layers=self.layers,
+            order=self.order,
+        )
 
-    @property
-    def host_bytes(self) -> int:
-        """Most bytes in host memory at one time, what the program itself needs aside."""
-        return sum(self.host.values())
 
-    @property
-    def file_bytes(self) -> int:
-        """Bytes on disk that the step reads or writes."""
-        return sum(self.file.values())
+def _most(held: Mapping[Label, Mapping[str, int]]) -> tuple[Label, Mapping[str, int]]:
+    return max(held.items(), key=lambda item: sum(item[1].values()), default=(("", 0), {}))
 
-    def seconds(self, flops: float, host: float = math.inf, file: float = math.inf) -> float:
-        """How long the step takes where computation and transfers hide behind each other wholly.
 
-        flops       a second, as matrix products reach them
-        host, file  bytes a second between host and device, each way, and from and to the file
-        """
-        on_bus = max(self.moved.get("host to device", 0), self.moved.get("device to host", 0))
-        on_disk = self.moved.get("from file", 0) + self.moved.get("to file", 0)
-        return max(self.flops / flops, on_bus / host, on_disk / file)
+def moment(at: Label) -> str:
+    """What the step is doing, for people."""
+    name, layer = at
+    said = {"forward": f"forward of layer {layer}", "backward": f"backward of layer {layer}"}
+    return said.get(name) or {"turn": "loss and backward of the last layer"}.get(name, name)
 
 
 def simulate(
@@ -118,223 +128,98 @@ def simulate(
 
     Raises ModelError, AdapterError where the recipe does not fit the model.
     """
+    return record(config, model_config, micro_batches, document, device).usage()
+
+
+def record(
+    config: Config,
+    model_config: PreTrainedConfig,
+    micro_batches: Sequence[tuple[int, int]],
+    document: int | None = None,
+    device: torch.device = ACCELERATOR,
+    like: Blocks | None = None,
+) -> Record:
+    """`simulate`, in detail. like: a cut of a model of its make; see `cut_of`. Raises CannotSimulate too."""
+    try:
+        with _silenced():
+            return _recorded(config, model_config, micro_batches, document, device, like)
+    except (RuntimeError, NotImplementedError) as error:
+        raise _beyond(config, error) from error
+
+
+def _beyond(config: Config, error: Exception) -> CannotSimulate:
+    said = str(error).strip().split("\n")[0]
+    return CannotSimulate(f"{config.model.model_name_or_path}: its step cannot be simulated: {said}")
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """What fake tensors fail at they log, with a traceback. It is raised too."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
+def _recorded(
+    config: Config,
+    model_config: PreTrainedConfig,
+    micro_batches: Sequence[tuple[int, int]],
+    document: int | None,
+    device: torch.device,
+    like: Blocks | None,
+) -> Record:
     # bitsandbytes makes its table of codes at first use, from numbers.
     quantize(torch.zeros(64, 64), FourBit())
-    model = _structure(config, model_config)
+    model = adapted(skeleton(config, model_config), config)
     ledger = Ledger()
     with FakeTensorMode(allow_non_fake_inputs=True), ledger:
         disk = _materialize(model, config, device, ledger)
         model.train()
-        step = _step(model, config, device, ledger, disk)
+        step = _step(model, config, device, ledger, disk, like)
         parameters = trainable(model)
         batches = [_batch(rows, tokens, document or tokens, device) for rows, tokens in micro_batches]
         once = config.training.model_copy(update={"max_steps": 1})
         loop = Loop(step, parameters, lambda epoch: batches, once, {}, lambda *_, **__: None)
         _warm_up(step, loop, ledger)
         ledger.start()
-        disk.moved.clear()
+        ledger.at = ("prologue", 0)
         result = step(batches, 1)
-        ledger.moment = "optimizer"
+        ledger.at = ("optimizer", 0)
         for parameter in parameters.values():
-            ledger.name(parameter.grad, "gradients")
+            ledger.name(parameter.grad, GRADIENTS)
         loop.update(result, batches, 1)
-    device_peak, host_peak = ledger.peaks.get(device), ledger.peaks.get(HOST)
-    return Usage(
-        device=device_peak.by_category if device_peak else {},
-        host=host_peak.by_category if host_peak and device != HOST else {},
+    on_device, on_host = (
+        {at: peak.by_category for at, peak in ledger.peaks.get(where, {}).items()} for where in (device, HOST)
+    )
+    phases = ledger.phases
+    if device == HOST:
+        on_host, phases = {}, {at: Phase(phase.host_work, moved=phase.moved) for at, phase in phases.items()}
+    return Record(
+        device=on_device,
+        host=on_host,
+        phases=phases,
         file=dict(disk.held),
-        moment=device_peak.moment if device_peak else "",
-        flops=ledger.flops,
-        moved={way: n for way, n in (ledger.moved + disk.moved).items() if n},
+        slack=ledger.allocator.peak_reserved - ledger.allocator.peak_allocated,
+        entry=step.entered // len(micro_batches) if isinstance(step, _Watched) else 0,
         tokens=sum(rows * tokens for rows, tokens in micro_batches),
+        layers=len(step.blocks) if isinstance(step, LayerMajor) else 0,
+        kept=step.layers_kept if isinstance(step, LayerMajor) else 0,
         order=step.order,
     )
 
 
-class _Record(NamedTuple):
-    nbytes: int
-    device: torch.device
+def skeleton(config: Config, model_config: PreTrainedConfig) -> PreTrainedModel:
+    """The base model on the meta device. Raises ModelError."""
+    return build_skeleton(model_config, config, config.model.model_name_or_path)
 
 
-@dataclass(slots=True)
-class Peak:
-    """The most that was held on one device, and what it was."""
-
-    nbytes: int = 0
-    by_category: dict[str, int] = field(default_factory=dict)
-    moment: str = ""
-
-
-class Ledger(TorchDispatchMode):
-    """Counts the bytes of every storage that is alive, on each device, by category; real tensors' as well as fakes'.
-
-    category  of storages that are born now
-    moment    what the program is doing, for people
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.category, self.moment = AT_WORK, ""
-        self.live: dict[torch.device, Counter[str]] = {}
-        self.total: Counter[torch.device] = Counter()
-        self.peaks: dict[torch.device, Peak] = {}
-        self.moved: Counter[str] = Counter()
-        self.flops = 0
-        self._records: dict[int, _Record] = {}
-        self._categories: dict[int, str] = {}
-        self._alive: dict[int, weakref.ref[Any]] = {}
-
-    def start(self) -> None:
-        """Count peaks, transfers and FLOPs from here on."""
-        self.flops, self.moved = 0, Counter()
-        self.peaks = {
-            device: Peak(self.total[device], dict(categories), "before the step")
-            for device, categories in self.live.items()
-        }
-
-    @contextmanager
-    def naming(self, category: str) -> Iterator[None]:
-        """What is born inside is of this category."""
-        before, self.category = self.category, category
-        try:
-            yield
-        finally:
-            self.category = before
-
-    def name(self, tensor: torch.Tensor | None, category: str) -> None:
-        """What this tensor stores is of another category from here on."""
-        if tensor is None:
-            return
-        key = tensor.untyped_storage()._cdata
-        if key not in self._records:
-            self._born(tensor, None)
-        nbytes, device = self._records[key]
-        live = self.live[device]
-        live[self._categories[key]] -= nbytes
-        live[category] += nbytes
-        self._categories[key] = category
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        fake = any(issubclass(kind, FakeTensor) for kind in types)
-        if fake:
-            for arg in args:
-                self.settle(arg)
-            if func is torch.ops.prim.device.default:
-                return torch.device("meta") if args[0].fake_mode.in_kernel_invocation else args[0].fake_device
-            if func in _ANSWERS:
-                return _ANSWERS[func](*args)
-            if func is torch.ops.aten.nonzero.default:
-                func, args = torch.ops.aten.new_empty.default, (args[0], [args[0].numel(), args[0].dim()])
-                kwargs = {"dtype": torch.int64}
-        self._note_workspace(func, args)
-        out = func(*args, **(kwargs or {}))
-        for leaf in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(leaf, torch.Tensor):
-                self._born(leaf, func)
-        self._note_work(func, args, kwargs or {}, out)
-        return out
-
-    def settle(self, arg: Any) -> None:
-        """A fake tensor remembers its device by itself; after `x.data = y` it is where y is."""
-        if isinstance(arg, FakeTensor):
-            record = self._records.get(arg.untyped_storage()._cdata)
-            if record is not None and arg.fake_device != record.device:
-                arg.fake_device = record.device
-        elif isinstance(arg, list | tuple):
-            for each in arg:
-                self.settle(each)
-
-    def _born(self, tensor: torch.Tensor, func: Any) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._records:
-            return
-        nbytes = -(-storage.nbytes() // BLOCK) * BLOCK
-        device = tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
-        self._records[key], self._categories[key] = _Record(nbytes, device), self.category
-        self._alive[key] = weakref.ref(storage, lambda _: self._died(key))
-        self.live.setdefault(device, Counter())[self.category] += nbytes
-        self.total[device] += nbytes
-        self._note_peak(device, func)
-
-    def _died(self, key: int) -> None:
-        nbytes, device = self._records.pop(key)
-        self.live[device][self._categories.pop(key)] -= nbytes
-        self.total[device] -= nbytes
-        del self._alive[key]
-
-    def _note_peak(self, device: torch.device, func: Any, more: int = 0) -> None:
-        peak = self.peaks.setdefault(device, Peak())
-        if self.total[device] + more > peak.nbytes:
-            peak.nbytes = self.total[device] + more
-            peak.by_category = {category: n for category, n in self.live[device].items() if n}
-            if more:
-                peak.by_category["kernel's workspace"] = more
-            peak.moment = f"{self.moment}: {func}" if self.moment else str(func)
-
-    def _note_workspace(self, func: Any, args: Any) -> None:
-        """What a GPU's kernel allocates inside, where no tensor shows it: attention's backward."""
-        if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
-            query, key = args[1], args[2]
-            device = query.fake_device if isinstance(query, FakeTensor) else query.device
-            outputs = query.nbytes + 2 * key.nbytes
-            # FlashAttention sums the queries' gradient in fp32, and makes keys' and values' for each query head.
-            expanded = 2 * query.nbytes if query.shape[1] != key.shape[1] else 0
-            self._note_peak(device, func, outputs + 4 * query.numel() + expanded)
-
-    def _note_work(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        if func is torch.ops.aten.copy_.default:
-            self._note_move(args[1], args[0])
-        elif func is torch.ops.aten._to_copy.default:
-            self._note_move(args[0], out)
-        formula = _FLOPS.get(func) or flop_registry.get(getattr(func, "_overloadpacket", None))
-        if formula is not None:
-            self.flops += formula(*args, **kwargs, out_val=out)
-
-    def _note_move(self, source: torch.Tensor, to: torch.Tensor) -> None:
-        if isinstance(source, FakeTensor) and isinstance(to, FakeTensor) and source.fake_device != to.fake_device:
-            self.moved["host to device" if source.fake_device == HOST else "device to host"] += source.nbytes
-
-
-_ANSWERS: dict[Any, Callable[..., Any]] = {  # of operations whose results are no tensors
-    torch.ops.aten._local_scalar_dense.default: lambda x: 1.0 if x.is_floating_point() else 1,
-    torch.ops.aten.allclose.default: lambda *_, **__: True,
-    torch.ops.aten.equal.default: lambda *_: True,
-    # bitsandbytes' fake kernel compares the shape of `out` with a list, and finds that they differ.
-    torch.ops.bitsandbytes.dequantize_4bit.out: lambda *_: None,
-}
-
-
-def _causal(flops: int, is_causal: bool) -> int:
-    return flops // 2 if is_causal else flops
-
-
-def _attention_flops(q: Any, k: Any, v: Any, dropout: float = 0.0, is_causal: bool = False, **_: Any) -> int:
-    return _causal(sdpa_flop_count(q.shape, k.shape, v.shape), is_causal)
-
-
-def _attention_backward_flops(
-    g: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dropout: float, is_causal: bool, **_: Any
-) -> int:
-    return _causal(sdpa_backward_flop_count(g.shape, q.shape, k.shape, v.shape), is_causal)
-
-
-# The CPU's attention, which fake tensors take, has no formula in PyTorch.
-_FLOPS: dict[Any, Callable[..., int]] = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: _attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention_backward_flops,
-}
-
-
-def _structure(config: Config, model_config: PreTrainedConfig) -> PreTrainedModel:
-    """The model with its adapter, all on the meta device."""
+def adapted(model: PreTrainedModel, config: Config) -> PreTrainedModel:
+    """A skeleton with its four-bit weights, which are nowhere yet, and its adapter."""
     meta = torch.device("meta")
     with meta:
-        model = AutoModelForCausalLM.from_config(
-            model_config,
-            dtype=getattr(torch, config.model.dtype),
-            attn_implementation=config.model.attn_implementation,
-        )
         if config.method == "qlora":
             four_bit = four_bit_of(config.quantization)
             for name, shape in four_bit_targets(model).items():
@@ -358,7 +243,7 @@ def _materialize(model: PreTrainedModel, config: Config, device: torch.device, l
                 if tensor is None:
                     continue
                 if id(tensor) not in fakes:
-                    with ledger.naming(ADAPTERS if tensor.requires_grad else "embeddings, head, norms"):
+                    with ledger.naming(ADAPTERS if tensor.requires_grad else ENDS):
                         fake = torch.empty_like(tensor, device=device)
                     is_parameter = isinstance(tensor, nn.Parameter)
                     fakes[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
@@ -367,7 +252,7 @@ def _materialize(model: PreTrainedModel, config: Config, device: torch.device, l
     weights = four_bit_weights(model)
     if weights:
         groups = groups_of(model, {weight.name: weight.shape for weight in weights})
-        with ledger.naming("base"):
+        with ledger.naming(BASE):
             store = _Store(groups, tiers_of(groups, config.memory), weights[0].four_bit, device, disk)
             for weight in weights:
                 weight.device, weight.home = device, store.home_of(weight)
@@ -375,16 +260,64 @@ def _materialize(model: PreTrainedModel, config: Config, device: torch.device, l
     return disk
 
 
+class Places(NamedTuple):
+    """Bytes of the four-bit base at rest, and what torch's allocator holds beside those on the device."""
+
+    device: int
+    host: int
+    file: int
+    slack: int
+
+
+def at_rest(config: Config, groups: Groups, tiers: Mapping[str, str], device: torch.device) -> Places:
+    """The four-bit base of a model in the places where the real store puts it."""
+    four_bit, ledger, allocator = four_bit_of(config.quantization), Ledger(), CachingAllocator()
+    with FakeTensorMode(), ledger, ledger.naming(BASE):
+        disk = _Disk(device, ledger)
+        away = {group: inside for group, inside in groups.items() if tiers[group] != "device"}
+        store = _Store(away, {group: tiers[group] for group in away}, four_bit, device, disk)
+        on_host = ledger.live[HOST][BASE] if HOST in ledger.live else 0
+        del store
+    on_device = 0
+    for group, inside in groups.items():
+        for shape in inside.values() if tiers[group] == "device" else ():
+            for dtype, part in parts_of(shape, four_bit).values():
+                nbytes = stored(math.prod(part) * dtype.itemsize, device)
+                allocator.malloc(nbytes)
+                on_device += nbytes
+    return Places(
+        device=on_device + (on_host if device == HOST else 0),
+        host=0 if device == HOST else on_host,
+        file=disk.held[BASE],
+        slack=0 if device == HOST else allocator.reserved - allocator.allocated,
+    )
+
+
 def _parts(weight: FourBitWeight) -> dict[str, torch.Tensor]:
     kinds = parts_of(weight.shape, weight.four_bit)
     return {part: torch.empty(shape, dtype=dtype, device=weight.device) for part, (dtype, shape) in kinds.items()}
 
 
-def _step(model: PreTrainedModel, config: Config, device: torch.device, ledger: Ledger, disk: _Disk) -> Step:
+def cut_of(config: Config, model_config: PreTrainedConfig) -> Blocks | None:
+    """How a model is cut; None where it cannot be. Proving that is half of the work of simulating a few layers."""
+    quantize(torch.zeros(64, 64), FourBit())
+    model = adapted(skeleton(config, model_config), config)
+    ledger = Ledger()
+    try:
+        with _silenced(), FakeTensorMode(allow_non_fake_inputs=True), ledger, contextlib.suppress(CannotCut):
+            _materialize(model, config, ACCELERATOR, ledger)
+            return cut(model)
+    except (RuntimeError, NotImplementedError) as error:
+        raise _beyond(config, error) from error
+
+
+def _step(
+    model: PreTrainedModel, config: Config, device: torch.device, ledger: Ledger, disk: _Disk, like: Blocks | None
+) -> Step:
     memory, seed = config.memory, config.training.seed
     if memory.order != "standard":
-        with contextlib.suppress(CannotCut), ledger.naming("embeddings, head, norms"):
-            blocks = cut(model)
+        with contextlib.suppress(CannotCut), ledger.naming(ENDS):
+            blocks = like.again(model) if like is not None else cut(model)
             step = _Watched(blocks, Residency(blocks.layers, device), memory, seed)
             step.watched_by(ledger, disk)
             for parameter in model.parameters():
@@ -403,13 +336,13 @@ def _batch(rows: int, tokens: int, document: int, device: torch.device) -> Batch
 
 def _warm_up(step: Step, loop: Loop, ledger: Ledger) -> None:
     """Let there be what a first step leaves behind."""
-    with ledger.naming("slot and dense buffers"):
+    with ledger.naming(DENSE):
         if isinstance(step, LayerMajor):
             layers = enumerate(step.blocks.layers)
             elsewhere = [i for i, layer in layers if any(weight.home for weight in four_bit_weights(layer))]
             with step.residency.visit(elsewhere[0] if elsewhere else 0):
                 pass
-    with ledger.naming("optimizer's state"):
+    with ledger.naming(OPTIMIZER):
         for parameter in loop.parameters.values():
             parameter.grad = torch.zeros_like(parameter)
         loop.optimizer.step()
@@ -419,6 +352,8 @@ def _warm_up(step: Step, loop: Loop, ledger: Ledger) -> None:
 class _Watched(LayerMajor):
     """The step, which says meanwhile what it is doing. Nothing of it is done in another way."""
 
+    entered = 0  # bytes of the working set once all micro-batches have entered
+
     def watched_by(self, ledger: Ledger, disk: _Disk) -> None:
         self._ledger = ledger
         if isinstance(self.activations, activations.OnFile):
@@ -426,24 +361,29 @@ class _Watched(LayerMajor):
         self.activations = cast(Any, _NamedActivations(self.activations, ledger))
         self.gradients = cast(Any, _NamedActivations(self.gradients, ledger))
 
+    def _enter(self, *args: Any) -> Any:
+        entries = super()._enter(*args)
+        self.entered = self._ledger.live[self.device][WORKING_SET]
+        return entries
+
     def _route(self, order: Sequence[int]) -> Iterator[AbstractContextManager[None]]:
+        last = len(self.blocks) - 1
         for at, visit in enumerate(super()._route(order)):
-            yield self._watched(visit, order[at], "forward" if at < len(self.blocks) - 1 else "backward")
+            way = "turn" if order[at] == last else "forward" if at < last else "backward"
+            yield self._watched(visit, order[at], way)
 
     @contextmanager
     def _watched(self, visit: AbstractContextManager[None], i: int, way: str) -> Iterator[None]:
+        self._ledger.at = (way, i)
         with visit:
-            self._ledger.moment = f"{way} of layer {i}"
             yield
         for parameter in self.blocks.layers[i].parameters():
-            self._ledger.name(parameter.grad, "gradients")
+            self._ledger.name(parameter.grad, GRADIENTS)
 
     def _loss(self, *args: Any, **kwargs: Any) -> Any:
-        before, self._ledger.moment = self._ledger.moment, "loss"
-        with self._ledger.naming("loss"):
+        with self._ledger.naming(LOSS):
             loss, gradient = super()._loss(*args, **kwargs)
-        self._ledger.name(gradient, AT_WORK)
-        self._ledger.moment = before
+        self._ledger.name(gradient, WORKING_SET)
         return loss, gradient
 
 
@@ -481,11 +421,11 @@ class _OnFile(activations.OnFile):
         self._staged = host_buffer(4 * largest, self.device)  # as many as the real one
 
     def _send(self, place: slice, source: torch.Tensor, after: Event) -> Event:
-        self._disk.moved["to file"] += source.numel()
+        self._disk.note("to file", source.numel())
         return self._lane.copy(self._staged[: source.numel()], source, after)
 
     def _fetch(self, place: slice, to: torch.Tensor, after: Event) -> Callable[[], Event]:
-        self._disk.moved["from file"] += to.numel()
+        self._disk.note("from file", to.numel())
         arrived = self._lane.copy(to, self._staged[: to.numel()], after)
         return lambda: arrived
 
@@ -493,18 +433,21 @@ class _OnFile(activations.OnFile):
 class _Disk(Disk):
     """A disk with nothing on it: what is read off it is counted.
 
-    held   bytes on it, by what they are for
-    moved  bytes "from file" and "to file"
+    held  bytes on it, by what they are for
     """
 
     def __init__(self, device: torch.device, ledger: Ledger) -> None:
         super().__init__(device)
-        self.held, self.moved, self._ledger = Counter[str](), Counter[str](), ledger
+        self.held, self._ledger = Counter[str](), ledger
         self._passing: torch.Tensor | None = None
+
+    def note(self, way: str, nbytes: int) -> None:
+        """So many bytes go "from file" or "to file" in what the program is doing."""
+        self._ledger.phases.setdefault(self._ledger.at, Phase()).moved[way] += nbytes
 
     def read(self, reader: Any, slot: torch.Tensor, lane: Lane, after: Event) -> Future[Event]:
         """reader: the number of bytes."""
-        self.moved["from file"] += reader
+        self.note("from file", reader)
         if self._device != HOST:
             if self._passing is None:
                 with self._ledger.naming("staging"):
@@ -548,5 +491,5 @@ class _Store(Store):
         for group, home in homes.items():
             if isinstance(home, OnFile):
                 homes[group] = _LayerOnFile(home.layout, self._planned)
-                self._planned.held["base"] += padded(home.layout.nbytes)
+                self._planned.held[BASE] += padded(home.layout.nbytes)
         return homes

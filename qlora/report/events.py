@@ -2,6 +2,10 @@
 
 An event is a plain dict that JSON can hold. `event` is its kind, `time` is when, in unix seconds.
 
+    plan        lines (five, for people: what it takes, time, choices, what limits it, what the figures rest on),
+                device_bytes (at the peak, the allocator's slack and the context included), host_bytes, file_bytes,
+                seconds (an optimizer step), tokens_per_second, memory (the recipe's section as chosen: {key: value}),
+                calibrated (whether by earlier runs on this machine). Comes before its start
     start       steps (optimizer steps of the whole run), first_step (0, or the step resumed from), method, model,
                 order ("layer-major" | "standard"), parameters, trainable, four_bit_share (0..1), base_gib,
                 load_seconds, from_cache (whether it had been quantized before), layers ({device, host, file}: how many
@@ -14,7 +18,8 @@ An event is a plain dict that JSON can hold. `event` is its kind, `time` is when
     checkpoint  step, path, seconds
     notice      text: a decision worth a line
     end         step, seconds, tokens, tokens_per_second, peak_memory_gib, memory_kind ("host RSS" | "VRAM"),
-                output_dir, stopped (null | "interrupted" | what went wrong)
+                output_dir, stopped (null | "interrupted" | what went wrong), and where the run was planned
+                planned: {device_bytes (what peak_memory_gib should be; null: not planned), seconds (an optimizer step)}
 """
 
 from __future__ import annotations
@@ -157,7 +162,9 @@ def timeline(events: Iterable[Event]) -> list[Event]:
     for event in events:
         if event["event"] == "start":
             first = event["first_step"]
-            kept = [earlier for earlier in kept if earlier.get("step", 0) <= first] if first else []
+            plans = [earlier for earlier in kept if earlier["event"] == "plan"]
+            others = [earlier for earlier in kept if earlier["event"] != "plan" and earlier.get("step", 0) <= first]
+            kept = [*(others if first else []), *plans[-1:]]  # an attempt's plan came before its start
         kept.append(event)
     return kept
 

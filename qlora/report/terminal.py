@@ -19,11 +19,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task
 from rich.text import Text
 
+from qlora.machine import GIB
 from qlora.report.events import Degraded, Event, due, timeline
 
 _PACE = 20  # steps whose mean duration the time left is reckoned from
 _SAMPLES = 3
 _SAMPLE_LINES = 6  # lines of a sample's text that are shown; of a longer one the middle is left out
+_PLAN = ("memory", "time", "choices", "limit", "figures")  # names of a plan's lines
 _FIGURES = 62  # columns of what stands beside the bar
 
 
@@ -64,6 +66,7 @@ class Terminal:
     def __call__(self, event: Event) -> None:
         self._remember(event)
         show = {
+            "plan": self._plan,
             "start": self._start,
             "step": self._step,
             "evaluation": self._evaluation,
@@ -104,6 +107,11 @@ class Terminal:
                 self._generations = [*self._generations[:1], event]
 
     # One method for each kind of event
+
+    def _plan(self, event: Event) -> None:
+        self._print(Text("\nPlan", style="bold"))
+        for name, line in zip(_PLAN, event["lines"], strict=False):
+            self._named(name, line)
 
     def _start(self, event: Event) -> None:
         trained, parameters = event["trainable"], event["parameters"]
@@ -237,8 +245,14 @@ class Terminal:
             self._print(Text(f"\nStopped after step {step:,} of {self._last_step:,}", style="bold red"))
             self._print(Text(self._plain(f"  {stopped}"), style="red"), soft_wrap=True)
         self._named("time", f"{event['seconds']:,.1f} s")
-        self._named("speed", f"{event['tokens_per_second']:,.0f} tokens/s ({event['tokens']:,} tokens)")
-        self._named("peak memory", f"{event['peak_memory_gib']:.2f} GiB ({event['memory_kind']})")
+        speed = peak = ""
+        if planned := event.get("planned"):
+            if took := planned["seconds"] * step:  # the same tokens in the planned time
+                speed = f", {event['tokens'] / took:,.0f} planned"
+            if planned["device_bytes"] is not None:
+                peak = f", {planned['device_bytes'] / GIB:.2f} planned"
+        self._named("speed", f"{event['tokens_per_second']:,.0f} tokens/s{speed} ({event['tokens']:,} tokens)")
+        self._named("peak memory", f"{event['peak_memory_gib']:.2f} GiB ({event['memory_kind']}){peak}")
         self._named("adapter" if stopped is None else "output", str(event["output_dir"]))
 
     # How things are printed. Always as Text: a model's [brackets] are no markup.

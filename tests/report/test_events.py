@@ -187,6 +187,14 @@ def test_a_run_from_step_0_takes_back_all_that_came_before():
     assert steps(log) == [step(1, 1.0)]
 
 
+@pytest.mark.parametrize("first_step", [0, 1])
+def test_an_attempts_plan_holds_and_those_of_earlier_attempts_do_not(first_step):
+    old, new = {"event": "plan", "seconds": 9.0}, {"event": "plan", "seconds": 1.0}
+    log = [old, start(0), step(1), new, {"event": "notice"}, start(first_step)]
+    assert [event for event in timeline(log) if event["event"] == "plan"] == [new]
+    assert old in timeline(log[:2])
+
+
 def test_steps_are_told_at_every_nth_and_at_the_last():
     assert [number for number in range(1, 12) if due(number, 11, 5)] == [5, 10, 11]
 

@@ -44,11 +44,20 @@ def generation(number, correct, got):
     }  # fmt: skip
 
 
-def end(number=6, stopped=None):
+def end(number=6, stopped=None, **changes):
     return {
         "event": "end", "step": number, "seconds": 212.44, "tokens": 41_200, "tokens_per_second": 812.3,
         "peak_memory_gib": 1.34, "memory_kind": "host RSS", "output_dir": "outputs/quickstart", "stopped": stopped,
-    }  # fmt: skip
+    } | changes  # fmt: skip
+
+
+def plan(**changes):
+    return {
+        "event": "plan",
+        "lines": ["4.54 of 7.42 GiB of VRAM", "316 s a step", "activations: host", "the disk", "guessed"],
+        "device_bytes": 5 * 2**30, "host_bytes": 0, "file_bytes": 0, "seconds": 316.0, "tokens_per_second": 52.0,
+        "memory": {"activations": "host"}, "calibrated": False,
+    } | changes  # fmt: skip
 
 
 def printed(*events, width=100, **options):
@@ -64,6 +73,16 @@ def test_the_start_says_where_layers_live_if_not_all_are_on_the_device_and_that_
     assert "layers" not in printed(start()) and "cache" not in printed(start())
     out = printed(start(from_cache=True, layers={"device": 10, "host": 0, "file": 20}))
     assert re.search(r"layers +10 on device, 20 on file", out) and "from the NF4 cache" in out
+
+
+def test_a_plan_is_five_named_lines_before_the_run():
+    out = printed(plan(), start())
+    block, run = out.split("tiny.gguf")[0], out[out.index("tiny.gguf") :]
+    assert [line.split(maxsplit=1) for line in block.strip().splitlines()] == [
+        ["Plan"], ["memory", "4.54 of 7.42 GiB of VRAM"], ["time", "316 s a step"], ["choices", "activations: host"],
+        ["limit", "the disk"], ["figures", "guessed"],
+    ]  # fmt: skip
+    assert "Plan" not in run
 
 
 # A run, as a pipe or a CI log sees it
@@ -125,6 +144,25 @@ def test_the_summary_holds_accuracy_samples_curve_time_speed_memory_and_place():
     assert "before   ✗ Sure!" in summary and "after    ✓ " + SAMPLE["expected"] in summary
     for words in ("212.4 s", "812 tokens/s", "1.34 GiB (host RSS)", "adapter      outputs/quickstart"):
         assert words in summary
+
+
+def test_the_end_says_what_had_been_planned_beside_what_was_measured():
+    # 41,200 tokens in 6 steps of 16.2 s each are 424 a second.
+    planned = {"device_bytes": int(1.25 * 2**30), "seconds": 16.2}
+    out = printed(start(), end(tokens_per_second=430.0, planned=planned))
+    assert "speed        430 tokens/s, 424 planned (41,200 tokens)\n" in out
+    assert "peak memory  1.34 GiB (host RSS), 1.25 planned\n" in out
+    out = printed(start(), end(planned=planned | {"device_bytes": None}))
+    assert "424 planned" in out and "1.34 GiB (host RSS)\n" in out
+
+
+def test_an_end_without_a_plan_compares_nothing():
+    assert "planned" not in printed(start(), end()) + printed(start(), end(planned=None))
+
+
+def test_a_run_that_ended_before_its_first_step_has_no_planned_speed():
+    out = printed(start(), end(0, tokens=0, planned={"device_bytes": 2**30, "seconds": 2.0}))
+    assert "tokens/s (0 tokens)" in out and "1.00 planned" in out
 
 
 def test_at_most_three_samples_are_shown_and_each_before_is_of_the_same_prompt():
