@@ -146,7 +146,7 @@ class Planner:
             "layer_tile_tokens": (None,),
             "loss_chunk_tokens": CHUNKS[:1],
             "layers_on_device": numbers if method == "qlora" else (layers,),
-            "layers_kept": tuple(dict.fromkeys(layers - 1 - (layers - 1) * i // 16 for i in range(17))),
+            "layers_kept": self._numbers_kept(),
             "layers_on_host": numbers,
         }
         if self.machine.is_cpu:  # the host is the device: what is elsewhere is in a file
@@ -162,6 +162,12 @@ class Planner:
         if knobs["layers_kept"] != (0,) and len(knobs["layers_kept"]) == 1:
             knobs["layer_tile_tokens"] = (None,)
         return Space(knobs)
+
+    def _numbers_kept(self) -> tuple[int, ...]:
+        """Numbers of layers that may be kept: not each, and whole periods, which are simulated quickly."""
+        period, most = self.simulator.pattern.period if self.simulator.pattern else 1, self.simulator.layers - 1
+        apart = -(-most // (16 * period)) * period
+        return tuple(dict.fromkeys([*range(most - most % period, -1, -apart), 0]))
 
     def _as_number(self, key: str, value: Any) -> Any:
         return self.simulator.layers if value is None and key in ("layers_on_device", "layers_on_host") else value
@@ -192,7 +198,7 @@ class Planner:
             usage=usage,
             time=time,
             steps=self.steps,
-            fixed=frozenset(self.config.memory.model_fields_set),
+            fixed=frozenset(self.config.memory.model_fields_set - {"plan"}),
             reasons=self._reasons(best, space) if best.choice else {},
             runners_up=tuple(self._option(each, best, usage, time.seconds) for each in solution.runners_up),
             prices=tuple(self._option(each, best, usage, time.seconds) for each in priced.values()),
