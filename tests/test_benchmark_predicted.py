@@ -199,7 +199,7 @@ def test_the_cases_are_as_many_and_as_different_as_the_issue_asks(predicted):
     assert knobs >= {"layer_tile_tokens", "layers_kept", "micro_batch_tokens", "layers_on_host"}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_command_runs_each_case_in_a_process_of_its_own(shape, tmp_path):
     out = tmp_path / "predicted.json"
     command = [sys.executable, "benchmarks/predicted.py", "--quick", "--shape", shape, "--out", str(out)]

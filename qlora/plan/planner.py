@@ -32,7 +32,7 @@ from qlora.plan.types import Machine, Option, Usage
 MICRO_BATCHES = (4096, 1024)  # tokens of a micro-batch that are tried, beside a single row
 TILES = (8192, 2048, 512)  # tokens of a tile
 CHUNKS = (256, 64)  # tokens of the loss; more were no faster where it was measured
-ROUNDS = 4  # of search and simulation
+ROUNDS = 8  # of search and simulation
 
 
 def plan(
@@ -93,7 +93,7 @@ class Planner:
                 raise PlanError(does_not_fit(usage, self.machine))
             return self._of(self.config.memory, usage, Solution(Candidate({}, _NOTHING), (), 0, True), Space({}))
         spaces, budget, found = [self.space(), self.space(lean=True)], self.budget, None
-        for _ in range(ROUNDS):
+        for asked in range(1, ROUNDS + 1):
             space, solution = self.chosen(spaces, budget)
             memory = self.memory_of(solution.best.choice)
             usage = self.simulator.usage(memory)
@@ -105,7 +105,8 @@ class Planner:
             more = solution.best.estimate.device - device_bytes(usage, self.machine)
             if not solution.proven or (not over and (more < 0.02 * self.budget.device or budget != self.budget)):
                 break
-            taken = {what: getattr(budget, what) - n for what, n in over.items()}
+            # Each time more, as what the sketch says too little of may be what it then chooses less of.
+            taken = {what: getattr(budget, what) - asked * n for what, n in over.items()}
             budget = replace(budget, **(taken or {"device": budget.device + more}))
         if found is not None:
             return found
