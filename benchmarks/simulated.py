@@ -1,4 +1,4 @@
-"""What a step of a large model would take, from the real step run on fake tensors: no GPU, no weights.
+"""What a step of a large model would take with a `memory` section as it is given, which no plan has a say in.
 
 usage: python benchmarks/simulated.py SHAPE KxTOKENS [--layers N] [--out FILE] [memory.key=value ...]
 
@@ -15,7 +15,6 @@ import argparse
 import json
 import time
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,8 @@ from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar
 
 from qlora.config import Config
-from qlora.plan.simulate import Usage, simulate
+from qlora.plan.periodic import Simulator
+from qlora.plan.types import Usage
 
 SHAPES = Path(__file__).parent / "shapes"
 
@@ -35,15 +35,16 @@ def usage(shape: str, micro_batches: str, memory: dict[str, Any], layers: int | 
     facts = json.loads((SHAPES / f"{shape}.json").read_text())
     if layers is not None:
         facts["num_hidden_layers"] = layers
+    k, tokens = map(int, micro_batches.split("x"))
     config = Config.model_validate(
         {
             "model": {"model_name_or_path": shape},
-            "data": {"datasets": [{"path": "unused.jsonl"}]},
-            "memory": memory,
+            "data": {"datasets": [{"path": "unused.jsonl"}], "max_seq_length": tokens},
+            "training": {"gradient_accumulation_steps": k},
+            "memory": {"micro_batch_tokens": 0} | memory,
         }
     )
-    k, tokens = map(int, micro_batches.split("x"))
-    return simulate(config, AutoConfig.for_model(**facts), [(1, tokens)] * k), config
+    return Simulator(config, AutoConfig.for_model(**facts), tokens).usage(config.memory), config
 
 
 def main() -> None:
@@ -72,7 +73,7 @@ def main() -> None:
             around
             | asked_for
             | {"memory": config.memory.model_dump(), "seconds": seconds, "peak_bytes": found.peak_bytes}
-            | {"usage": asdict(found)}
+            | {name: getattr(found, name) for name in ("device", "host", "file", "moment", "flops", "moved", "tokens")}
         )
         asked.out.write_text(json.dumps(entries, indent=1) + "\n")
 

@@ -277,6 +277,11 @@ class Simulator:
         """Whether the step is layer-major."""
         return self.config.memory.order != "standard" and self._like is not None
 
+    @property
+    def can_be_tiled(self) -> bool:
+        """Whether its layers run in tiles of tokens."""
+        return self._like is not None and self._like.can_tile
+
     def shallow(self, layers: int) -> PreTrainedConfig:
         """The configuration of a model with the first layers alone."""
         if layers >= self.layers:

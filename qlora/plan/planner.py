@@ -105,8 +105,9 @@ class Planner:
             more = solution.best.estimate.device - device_bytes(usage, self.machine)
             if not solution.proven or (not over and (more < 0.02 * self.budget.device or budget != self.budget)):
                 break
-            # Each time more, as what the sketch says too little of may be what it then chooses less of.
-            taken = {what: getattr(budget, what) - asked * n for what, n in over.items()}
+            # Less than what was chosen now, or it would be chosen again; and each time by more.
+            said = solution.best.estimate
+            taken = {what: min(getattr(budget, what), getattr(said, what)) - asked * n for what, n in over.items()}
             budget = replace(budget, **(taken or {"device": budget.device + more}))
         if found is not None:
             return found
@@ -155,6 +156,7 @@ class Planner:
             knobs |= same | {"activations": ("device", "file")}
         if lean:
             knobs["loss_chunk_tokens"] = CHUNKS
+        if lean and self.simulator.can_be_tiled:
             knobs["layer_tile_tokens"] = tuple(tile for tile in TILES if tile < self.sketch.longest) or (None,)
         if method == "full":
             knobs |= {"embeddings": ("device",), "adapters": ("device",)}
