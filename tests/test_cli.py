@@ -290,7 +290,11 @@ def test_an_interrupted_run_ends_with_status_130_and_can_be_resumed(number, writ
 
 def test_ctrl_c_before_the_first_step_ends_with_status_130_and_no_traceback(written, monkeypatch, capsys):
     monkeypatch.setattr(run, "load_base", lambda *_: signal.raise_signal(signal.SIGINT))
-    assert main(["train", str(written)]) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs do not have
+    try:
+        assert main(["train", str(written)]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err.strip().splitlines()[-1] == "interrupted"
 
 

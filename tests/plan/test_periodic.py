@@ -82,15 +82,15 @@ def check(memory, **recipe) -> None:
     "memory",
     [
         {},
-        {"layers_on_device": 4, "layers_on_host": 3, "activations": "file"},
+        pytest.param({"layers_on_device": 4, "layers_on_host": 3, "activations": "file"}, marks=exhaustive),
         STREAMED,
         pytest.param(MIXED | {"vocabulary_chunk": 300}, marks=exhaustive),
         {"layers_kept": 4},
         {"layers_kept": 99, "activations": "host"},  # all
-        {"layers_kept": 1, "layers_on_device": 3, "loss_chunk_tokens": 16},
+        pytest.param({"layers_kept": 1, "layers_on_device": 3, "loss_chunk_tokens": 16}, marks=exhaustive),
         {"micro_batch_tokens": 64, "loss_chunk_tokens": 16, "embeddings": "host"},
         pytest.param({"micro_batch_tokens": 96, "activations": "host"}, marks=exhaustive),  # 4 rows: a rest of one
-        {"layer_tile_tokens": 16, "layers_on_device": 5},
+        pytest.param({"layer_tile_tokens": 16, "layers_on_device": 5}, marks=exhaustive),
     ],
     ids=str,
 )
@@ -104,7 +104,7 @@ def test_a_step_is_that_of_the_whole_model_to_the_byte(memory):
         ({"activations": "file"}, {"k": 1}),
         pytest.param({"layers_kept": 3, "adapters": "host"}, {"k": 5, "rows": 2}, marks=exhaustive),
         pytest.param({"micro_batch_tokens": 96, "layers_on_device": 0}, {"rows": 5, "k": 2}, marks=exhaustive),
-        ({"layers_kept": 2, "layers_on_device": 3}, {"packing": True, "rows": 2, "k": 3}),
+        pytest.param({"layers_kept": 2, "layers_on_device": 3}, {"packing": True, "rows": 2, "k": 3}, marks=exhaustive),
         pytest.param({"layers_kept": 5, "activations": "host"}, {"lora": "dropout"}, marks=exhaustive),
         (MIXED | {"embeddings": "device", "layers_on_host": 0}, {"device": HOST}),
         pytest.param({"layers_kept": 3}, {"device": HOST, "rows": 2}, marks=exhaustive),
