@@ -374,9 +374,10 @@ def _lent(grown: _Found, own: Record, start: Record, place: Place) -> _Found:
     """What `own` grows to, where `start` grows to `grown`."""
     for label in own.phases.keys() | start.phases.keys():
         # They differ in what each micro-batch takes, and in nothing that a layer takes by itself.
-        more = place.k * place.stands_for(label) // place.start[2]
-        _add(grown.phases[label[0]], own.phases.get(label, Phase()), more)
-        _add(grown.phases[label[0]], start.phases.get(label, Phase()), -more)
+        differing = Phase()
+        _add(differing, own.phases.get(label, Phase()), 1)
+        _add(differing, start.phases.get(label, Phase()), -1)
+        _add(grown.phases[label[0]], differing, place.k * place.stands_for(label), place.start[2])
     mine, theirs = (_blended([(1, at)], place) for at in (own, start))
     device, host = (
         {
@@ -398,11 +399,12 @@ def _at(found: _Found, where: str, corner: Corner) -> Mapping[str, int]:
     return getattr(found, where).get(corner, {})  # on the host there may be nothing
 
 
-def _add(into: Phase, phase: Phase, weight: int) -> None:
+def _add(into: Phase, phase: Phase, weight: int, over: int = 1) -> None:
+    """Add a phase `weight / over` times; `over` divides all that is in it."""
     for kind in ("work", "host_work", "moved"):
         counter = getattr(into, kind)
         for key, n in getattr(phase, kind).items():
-            counter[key] += weight * n
+            counter[key] += weight * n // over
 
 
 def _corners(points: Sequence[tuple[int, Record, Held]], place: Place) -> dict[Corner, dict[str, int]]:

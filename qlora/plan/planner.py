@@ -25,7 +25,7 @@ from qlora.plan.periodic import Simulator
 from qlora.plan.plan import Plan, device_bytes, does_not_fit
 from qlora.plan.seconds import time_of
 from qlora.plan.simulate import adapted, skeleton
-from qlora.plan.sketch import Sketch
+from qlora.plan.sketch import LAYERS, Sketch
 from qlora.plan.solve import Budget, Candidate, Choice, Estimate, NothingFits, Solution, Space, prices, solve
 from qlora.plan.types import Machine, Option, Usage
 
@@ -86,8 +86,8 @@ class Planner:
         )
 
     def plan(self) -> Plan:
-        """Search, simulate, and search again where that says so."""
-        if not self.simulator.can_be_cut:
+        """Search, simulate, and search again where that says so. Without layers to place there is nothing to search."""
+        if not self.simulator.can_be_cut or self.simulator.layers < LAYERS:
             usage = self.simulator.usage(self.config.memory)
             if self.over(usage):
                 raise PlanError(does_not_fit(usage, self.machine))
@@ -205,7 +205,7 @@ class Planner:
             reasons=self._reasons(best, space) if best.choice else {},
             runners_up=tuple(self._option(each, best, usage, time.seconds) for each in solution.runners_up),
             prices=tuple(self._option(each, best, usage, time.seconds) for each in priced.values()),
-            would_fit=self._would_fit(best, usage) if best.choice else {},
+            would_fit=self._would_fit() if best.choice else {},
         )
 
     def _option(self, candidate: Candidate, best: Candidate, usage: Usage, seconds: float) -> Option:
@@ -251,7 +251,7 @@ class Planner:
                 reasons[knob] = f"{saved:.2f} GiB less" + (f", {slower:+.1%} time" if abs(slower) > 5e-4 else "")
         return reasons
 
-    def _would_fit(self, best: Candidate, usage: Usage) -> dict[str, str]:
+    def _would_fit(self) -> dict[str, str]:
         """How far the same machine would go, by the sketch."""
         space = self.space()
 

@@ -22,7 +22,6 @@ from qlora.plan.doctor import doctor
 from qlora.plan.measure import key_of, measure, remember
 from qlora.plan.planner import Planner
 from qlora.plan.planner import plan as plan_of
-from qlora.plan.solve import NothingFits, solve
 from qlora.plan.types import Machine
 
 # hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, vocab_size of usual models, by parameters.
@@ -108,14 +107,12 @@ def _pace(size: str, machine: Machine) -> str | None:
     )
     config = Config.model_validate({"model": {"model_name_or_path": size}, "data": {"datasets": [{"path": "unused"}]}})
     planner = Planner(config, machine, model_config=shape)
-    estimate = planner.sketch.estimate
-    for space in (planner.space(), planner.space(lean=True)):
-        with contextlib.suppress(NothingFits):
-            best = solve(space, estimate, estimate, planner.budget).best
-            pace = planner.sketch.cut(best.choice["micro_batch_tokens"])[0] / best.estimate.seconds
-            on_disk = best.choice["layers_on_device"] + best.choice["layers_on_host"] < layers
-            return f"{pace:,.{0 if pace >= 10 else 1}f}{' from disk' if on_disk else ''}"
-    return None
+    best = planner.chosen([planner.space(), planner.space(lean=True)], planner.budget)[1].best
+    if planner.budget.over(best.estimate):
+        return None
+    pace = planner.sketch.cut(best.choice["micro_batch_tokens"])[0] / best.estimate.seconds
+    on_disk = best.choice["layers_on_device"] + best.choice["layers_on_host"] < layers
+    return f"{pace:,.{0 if pace >= 10 else 1}f}{' from disk' if on_disk else ''}"
 
 
 def _aside(text: str) -> None:

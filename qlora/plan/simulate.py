@@ -140,25 +140,20 @@ def record(
     like: Blocks | None = None,
 ) -> Record:
     """`simulate`, in detail. like: a cut of a model of its make; see `cut_of`. Raises CannotSimulate too."""
-    try:
-        with _silenced():
-            return _recorded(config, model_config, micro_batches, document, device, like)
-    except (RuntimeError, NotImplementedError) as error:
-        raise _beyond(config, error) from error
-
-
-def _beyond(config: Config, error: Exception) -> CannotSimulate:
-    said = str(error).strip().split("\n")[0]
-    return CannotSimulate(f"{config.model.model_name_or_path}: its step cannot be simulated: {said}")
+    with _simulating(config):
+        return _recorded(config, model_config, micro_batches, document, device, like)
 
 
 @contextmanager
-def _silenced() -> Iterator[None]:
-    """What fake tensors fail at they log, with a traceback. It is raised too."""
+def _simulating(config: Config) -> Iterator[None]:
+    """Turn what fake tensors fail at into CannotSimulate. They log it too, with a traceback, which is kept back."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     before, log.disabled = log.disabled, True
     try:
         yield
+    except (RuntimeError, NotImplementedError) as error:  # what torch raises for an operation without fake kernels
+        said = str(error).strip().split("\n")[0]
+        raise CannotSimulate(f"{config.model.model_name_or_path}: its step cannot be simulated: {said}") from error
     finally:
         log.disabled = before
 
@@ -303,12 +298,9 @@ def cut_of(config: Config, model_config: PreTrainedConfig) -> Blocks | None:
     quantize(torch.zeros(64, 64), FourBit())
     model = adapted(skeleton(config, model_config), config)
     ledger = Ledger()
-    try:
-        with _silenced(), FakeTensorMode(allow_non_fake_inputs=True), ledger, contextlib.suppress(CannotCut):
-            _materialize(model, config, ACCELERATOR, ledger)
-            return cut(model)
-    except (RuntimeError, NotImplementedError) as error:
-        raise _beyond(config, error) from error
+    with contextlib.suppress(CannotCut), _simulating(config), FakeTensorMode(allow_non_fake_inputs=True), ledger:
+        _materialize(model, config, ACCELERATOR, ledger)
+        return cut(model)
 
 
 def _step(

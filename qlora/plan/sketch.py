@@ -32,6 +32,8 @@ from qlora.plan.simulate import (
 from qlora.plan.solve import Choice, Estimate
 from qlora.plan.types import Machine, Phase
 
+LAYERS = 3  # that are simulated: the first, one that is like the others, and the last
+
 
 class Sketch:
     """Estimates of the step of a simulator's recipe on a machine.
@@ -69,7 +71,7 @@ class Sketch:
         away = {} if self.on_cpu else {"layers_on_device": 0, "layers_on_host": None, "activations": "host"}
         same = {"adapters": "device", "embeddings": "device", "layers_kept": 0, "loss_chunk_tokens": self._unit}
         memory = self.memory.model_copy(update=away | same | {"layer_tile_tokens": tile})
-        return self.of.few(3, memory, [self._cut] * 2)
+        return self.of.few(LAYERS, memory, [self._cut] * 2)
 
     @cached_property
     def _facts(self) -> _Facts:
@@ -88,9 +90,9 @@ class Sketch:
             vocabulary=self.of.vocabulary_bytes,
             buffers=rest.get(DENSE, 0),
             slot=0 if self.on_cpu else layer,
-            adapter=rest.get(ADAPTERS, 0) / 3,
-            optimizer=rest.get(OPTIMIZER, 0) / 3,
-            gradient=few.device["optimizer", 0].get(GRADIENTS, 0) / 3,
+            adapter=rest.get(ADAPTERS, 0) / LAYERS,
+            optimizer=rest.get(OPTIMIZER, 0) / LAYERS,
+            gradient=few.device["optimizer", 0].get(GRADIENTS, 0) / LAYERS,
             elsewhere=layout_of(self.of.groups.get("", {}), four_bit).nbytes if four_bit else 0,
             layer=layer,
             expansion=dense * 1.26 / rates.memory,
@@ -98,15 +100,11 @@ class Sketch:
         )
 
     @cached_property
-    def _columns(self) -> int:
-        """Bytes of a chunk of the head's columns."""
+    def _head(self) -> tuple[int, int]:
+        """Bytes of the head, and of the chunk of it that is on the device at a time."""
         rows, width = self.of.head_shape
-        return min(self.memory.vocabulary_chunk, rows) * width * self.of.itemsize
-
-    @cached_property
-    def _head(self) -> int:
-        rows, width = self.of.head_shape
-        return rows * width * self.of.itemsize
+        row = width * self.of.itemsize
+        return rows * row, min(self.memory.vocabulary_chunk, rows) * row
 
     @property
     def a_layer(self) -> dict[str, torch.Size]:
@@ -156,7 +154,7 @@ class Sketch:
         else:
             device += trained
         if ends_away:
-            device -= f.vocabulary - 2 * self._columns
+            device -= f.vocabulary - 2 * self._head[1]
             host += f.vocabulary
         if activations == "device":
             device += rows
@@ -196,12 +194,12 @@ class Sketch:
             (streamed + 2 * crossing + moving) / rates.bus,
             (on_file * f.layer + 3 * to_disk) / rates.disk,
         )
-        turn = max(f.expansion + each["turn"], 2 * k * self._head / rates.bus if ends_away else 0)
+        turn = max(f.expansion + each["turn"], 2 * k * self._head[0] / rates.bus if ends_away else 0)
         updates, _ = busy(self.few.phases.get(("optimizer", 0), Phase()).work, rates)
         if away:
             nbytes = sum(b * n for (_, b), n in self.few.phases[("optimizer", 0)].work.items())
             updates = nbytes / rates.host_memory
-        seconds = forward + turn + backward + updates * f.layers / 3 + many * self._seconds(("prologue", 0), False)
+        seconds = forward + turn + backward + updates * f.layers / LAYERS + many * self._seconds(("prologue", 0), False)
         return Estimate(int(device), int(host), int(file), seconds * (self.machine.seconds_ratio or 1.0))
 
     def _scaled(self, at: Label, share: float, size: float) -> float:

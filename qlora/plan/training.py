@@ -29,7 +29,8 @@ def planned_for(
 ) -> Plan | None:
     """The plan of the run, with what is free now; None where the recipe wants none, or its model cannot be simulated.
 
-    A run that is resumed keeps what decides the order of its sums, so that it goes on to the same bits.
+    A run that is resumed keeps what decides the order of its sums, so that it goes on to the same bits, unless the
+    recipe says otherwise.
 
     Raises PlanError where the run will not fit.
     """
@@ -40,7 +41,8 @@ def planned_for(
     widest = max((batch.input_ids.shape[1] for batch in first), default=config.data.max_seq_length)
     rows = training.per_device_train_batch_size if config.data.packing else 1
     earlier = _memory_before(output / "events.jsonl") if resume else {}
-    kept = config.memory.model_copy(update={key: earlier[key] for key in SUMS if key in earlier})
+    open_still = [key for key in SUMS if key in earlier and key not in config.memory.model_fields_set]
+    kept = config.memory.model_copy(update={key: earlier[key] for key in open_still})
     try:
         found = Planner(
             config.model_copy(update={"memory": kept}),

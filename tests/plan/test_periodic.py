@@ -102,6 +102,7 @@ def test_a_step_is_that_of_the_whole_model_to_the_byte(memory):
     ("memory", "recipe"),
     [
         ({"activations": "file"}, {"k": 1}),
+        ({"loss_chunk_tokens": 16, "embeddings": "host"}, {"k": 5}),  # an odd number, in pieces
         pytest.param({"layers_kept": 3, "adapters": "host"}, {"k": 5, "rows": 2}, marks=exhaustive),
         pytest.param({"micro_batch_tokens": 96, "layers_on_device": 0}, {"rows": 5, "k": 2}, marks=exhaustive),
         pytest.param({"layers_kept": 2, "layers_on_device": 3}, {"packing": True, "rows": 2, "k": 3}, marks=exhaustive),

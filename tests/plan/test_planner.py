@@ -186,6 +186,22 @@ def test_a_machine_without_an_accelerator_keeps_what_fits_in_its_memory(planners
     assert tight.usage.peak_bytes <= roomy.usage.peak_bytes * 0.7
 
 
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_a_model_of_a_few_layers_is_planned_too(layers, planners):
+    from qlora.config import Config
+
+    config = Config.model_validate(
+        {
+            "model": {"model_name_or_path": "tiny"},
+            "data": {"datasets": [{"path": "unused.jsonl"}], "max_seq_length": 64},
+        }
+    )
+    shape = tiny_config("llama", **SHAPE | {"num_hidden_layers": layers})
+    assert plan(config, machine(), model_config=shape).usage.layers == layers
+    with pytest.raises(PlanError, match=r"needs [0-9.]+ GiB"):
+        plan(config, machine(1 << 16), model_config=shape)
+
+
 def test_plan_is_the_package_s_function():
     import qlora
 
