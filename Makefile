@@ -6,10 +6,10 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 MODEL  := .cache/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: help install quickstart test check lint bench clean
+.PHONY: help install quickstart test check lint bench readme-tables clean
 
 help:            ## list the targets
-	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 install: $(READY)  ## make .venv with the pinned set
 
@@ -41,9 +41,11 @@ lint: $(READY)  ## ruff and pyright
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright
 
-bench: $(READY) $(MODEL)  ## one training step against transformers + PEFT + bitsandbytes; layers in each tier
-	@$(BIN)/python benchmarks/step.py
-	@$(BIN)/python benchmarks/streaming.py
+bench: $(READY) $(MODEL)  ## VRAM or tensors, speed and losses of five methods on SmolLM2-135M
+	@$(BIN)/qlora bench cpu
+
+readme-tables: $(READY)  ## rewrite the tables of README.md from benchmarks/results
+	@$(BIN)/python -m qlora.bench.readme
 
 clean:           ## remove .venv, .cache and outputs
 	rm -rf $(VENV) .cache outputs

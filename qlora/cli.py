@@ -12,10 +12,15 @@ from typing import Any
 
 from qlora.errors import QLoRAError
 
+_BENCH = ("run", "report", "compare", "schema")  # what `bench` can be told to do; without a word of these, the first
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status: 0, 1 after an error that the user can mend, 130 after an interrupt."""
-    options = _parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["bench"] and not {*words[1:2]} & {"-h", "--help", *_BENCH}:
+        words.insert(1, _BENCH[0])
+    options = _parser().parse_args(words)
     try:
         return options.command(options)
     except QLoRAError as error:
@@ -61,6 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--measure", action="store_true", help="find out how fast it is, under a minute, and keep that")
     doctor.set_defaults(command=_doctor)
 
+    _add_bench(commands.add_parser("bench", help="measure VRAM and speed of ours and others doing the same work"))
+
     generate = commands.add_parser("generate", help="answer a prompt with a trained adapter")
     generate.add_argument("adapter", help="directory that `qlora train` left, or any PEFT LoRA")
     generate.add_argument("prompt", help="what the user says; - reads it from standard input")
@@ -70,6 +77,46 @@ def _parser() -> argparse.ArgumentParser:
     schema = commands.add_parser("schema", help="print the JSON Schema of recipes")
     schema.set_defaults(command=_schema)
     return parser
+
+
+def _add_bench(bench: argparse.ArgumentParser) -> None:
+    kinds = bench.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    run = kinds.add_parser("run", help="run a suite; `run` may be left out")
+    run.add_argument(
+        "suite", nargs="?", help="a name in benchmarks/suites, or a YAML file (cpu; throughput with a GPU)"
+    )
+    for option, metavar, said in (
+        ("--model", "ID,..", "hub ids, directories or .gguf files, instead of the suite's"),
+        ("--shape", "NAME,..", "models of random weights, e.g. llama-8b, instead of the suite's"),
+        ("--methods", "NAME,..", "of qlora, lora, full, hf-qlora, hf-lora, unsloth, torchtune, llama-factory"),
+        ("--work", "KxT,..", "micro-batches x tokens of a step, or micro-batches x rows x tokens"),
+        ("--r", "N,..", "ranks of the adapter"),
+        ("--vram", "GIB,..", "memory that a process may take, to act as a smaller card"),
+    ):
+        run.add_argument(option, metavar=metavar, type=lambda text: text.split(","), help=said)
+    run.add_argument("--recipe", metavar="FILE", help="train on that recipe's rows; without, on random tokens")
+    run.add_argument("--optim", metavar="NAME", help="optimizer of every method")
+    run.add_argument("--search", choices=("context", "model"), help="look for the longest or largest that trains")
+    run.add_argument("--steps", type=int, metavar="N", help="timed steps")
+    run.add_argument("--predict", action="store_true", default=None, help="say what `qlora plan` says beside it")
+    run.add_argument("--out", metavar="FILE", help="JSON (benchmarks/results/<suite>_<device>_<date>.json)")
+    run.set_defaults(command=_bench)
+
+    report = kinds.add_parser("report", help="tables and a page of results")
+    report.add_argument("files", nargs="+", metavar="FILE", help="JSON files that `qlora bench` left")
+    report.add_argument(
+        "--out", metavar="STEM", help="write STEM.md and STEM.html (beside the first file, by its name)"
+    )
+    report.set_defaults(command=_bench_report)
+
+    compare = kinds.add_parser("compare", help="compare two results; exits with 1 where the newer is worse")
+    compare.add_argument("old", metavar="OLD", help="JSON file")
+    compare.add_argument("new", metavar="NEW", help="JSON file")
+    compare.add_argument("--threshold", default="5%", metavar="SHARE", help="how much worse is tolerated (%(default)s)")
+    compare.set_defaults(command=_bench_compare)
+
+    schema = kinds.add_parser("schema", help="print the JSON Schema of results")
+    schema.set_defaults(command=_bench_schema)
 
 
 def _with_recipe(parser: argparse.ArgumentParser, nargs: str | None = None) -> argparse.ArgumentParser:
@@ -148,6 +195,34 @@ def _doctor(options: argparse.Namespace) -> int:
     from qlora.plan.show import show_doctor
 
     show_doctor(measuring=options.measure)
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    _hush()
+    from qlora.bench.show import bench
+
+    keys = ("model", "shape", "methods", "work", "r", "vram", "recipe", "optim", "search", "steps", "predict")
+    return bench(options.suite, {key: getattr(options, key) for key in keys}, options.out)
+
+
+def _bench_report(options: argparse.Namespace) -> int:
+    from qlora.bench.show import report
+
+    report(options.files, options.out)
+    return 0
+
+
+def _bench_compare(options: argparse.Namespace) -> int:
+    from qlora.bench.show import compared
+
+    return compared(options.old, options.new, options.threshold)
+
+
+def _bench_schema(_: argparse.Namespace) -> int:
+    from qlora.bench.results import Results
+
+    print(json.dumps(Results.model_json_schema(), indent=2))
     return 0
 
 

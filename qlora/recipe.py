@@ -11,10 +11,10 @@ mistake is in `complaints`; where it was made is known here.
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -23,9 +23,12 @@ from qlora.complaints import clip, dotted, explain, got, not_a_recipe, quoted, s
 from qlora.config import Config
 from qlora.errors import Problem, RecipeError
 from qlora.knobs import KeyPath, alternatives
+from qlora.section import ContradictionError, Section
 from qlora.yaml12 import CORE, MAX_DEPTH, TAG, Dumper, Loader, OutOfBounds, scalar
 
-__all__ = ["dump_recipe", "load_recipe", "parse_recipe"]
+__all__ = ["dump_recipe", "load_recipe", "load_section", "parse_recipe"]
+
+S = TypeVar("S", bound=Section)
 
 MAX_BYTES = 256 * 1024  # a recipe is a page; this keeps a dataset given by mistake from being parsed for minutes
 MAX_VALUES = 10_000  # counted after aliases are expanded, so nine lines of aliases cannot ask for a billion values
@@ -40,20 +43,33 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises RecipeError with every problem of the file and the overrides.
     """
-    shown = str(path)
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        _fail(shown, *unopened(Path(path), error))
-    if len(raw) > MAX_BYTES:
-        _fail(shown, f"is over {MAX_BYTES // 1024} KiB, too large for a recipe", "is it the dataset?")
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        _fail(shown, f"not UTF-8 text: byte 0x{raw[error.start]:02x}", "save the file as UTF-8", line)
-    return parse_recipe(text, shown, overrides)
+    return parse_recipe(_text_of(path), str(path), overrides)
+
+
+def load_section(path: str | Path, kind: type[S], instead: Mapping[str, Any] | None = None) -> S:
+    """Read another YAML file than a recipe, e.g. a suite of benchmarks: its values make one section.
+
+    instead  values by key, which take the place of the file's
+
+    Raises RecipeError with every problem of the file.
+    """
+    draft = _Draft(str(path))
+    draft.read(_text_of(path))
+    if not isinstance(draft.values, dict) and not draft.problems:
+        draft.add((), *not_a_recipe(draft.values))
+    if not draft.problems:
+        draft.values |= instead or {}
+        try:
+            return kind.model_validate(draft.values)
+        except ValidationError as error:
+            for each in error.errors(include_url=False):
+                contradiction = each.get("ctx", {}).get("error")
+                if isinstance(contradiction, ContradictionError):
+                    for found in contradiction.found:
+                        draft.add((*each["loc"], *found.key.split(".")), found.message, found.hint)
+                else:
+                    draft.add(each["loc"], f"`{dotted(each['loc'])}`: {each['msg'][0].lower()}{each['msg'][1:]}")
+    raise RecipeError(*sorted(draft.problems, key=lambda problem: problem.line or 0))
 
 
 def parse_recipe(text: str, file: str = "<recipe>", overrides: Sequence[str] = ()) -> Config:
@@ -76,6 +92,23 @@ def dump_recipe(config: Config) -> str:
     """YAML that `load_recipe` reads back to an equal Config: what is required and what differs from its default."""
     values = config.model_dump(exclude_defaults=True)
     return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _text_of(path: str | Path) -> str:
+    """What stands in a UTF-8 file, or RecipeError."""
+    shown = str(path)
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        _fail(shown, *unopened(Path(path), error))
+    if len(raw) > MAX_BYTES:
+        _fail(shown, f"is over {MAX_BYTES // 1024} KiB, too large for a recipe", "is it the dataset?")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        _fail(shown, f"not UTF-8 text: byte 0x{raw[error.start]:02x}", "save the file as UTF-8", line)
 
 
 def _fail(file: str, message: str, hint: str = "", line: int | None = None) -> NoReturn:

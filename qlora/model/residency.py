@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ class Residency:
     visits   layers made ready so far; 2 L - 1 an optimizer step, whatever the number of micro-batches
     fetches  how many of them had to be brought to the device
     waited   seconds that the host waited for their bytes
+    watch    entered around each wait of the computation for a layer, by whoever wants to time that
     """
 
     def __init__(self, layers: Iterable[nn.Module], device: torch.device) -> None:
@@ -39,6 +40,7 @@ class Residency:
         self.dense_nbytes = sum(w.dense_nbytes for weights in self._weights for w in weights)
         self.visits = self.fetches = 0
         self.waited = 0.0
+        self.watch: Callable[[], AbstractContextManager[object]] = nullcontext
         self._lane = Lane(device)
         self._slot: torch.Tensor | None = None
         self._views: dict[int, Mapping[str, torch.Tensor]] = {}  # of each layer's parts, while they are in the slot
@@ -57,6 +59,10 @@ class Residency:
         """How many layers live where."""
         names = [home.tier if home else "device" for home in self._homes]
         return {tier: names.count(tier) for tier in ("device", "host", "file")}
+
+    def buffers(self) -> list[torch.Tensor]:
+        """What all layers share, as far as it is there: the slot, the dense weights."""
+        return [buffer for buffer in (self._slot, self._dense) if buffer is not None]
 
     def evict(self, count: int) -> int:
         """Move up to `count` layers from the device to the host, spread over the model; returns how many.
@@ -107,8 +113,9 @@ class Residency:
         if home is None:
             yield
             return
-        self._fetch(i)
-        self._arrived()
+        with self.watch():
+            self._fetch(i)
+            self._arrived()
         assert self._slot is not None
         views = self._views.get(i)
         if views is None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -189,6 +189,8 @@ class Ledger(TorchDispatchMode):
             read = written
         formula = _FLOPS.get(func) or flop_registry.get(getattr(func, "_overloadpacket", None))
         flops = 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
+        if flops and _is_causal(func, args, kwargs):
+            flops //= 2
         nbytes = sum(x.nbytes for x in read) + sum(x.nbytes for x in written)
         work = phase.host_work if _device(written[0]) == HOST else phase.work
         work[flops, nbytes] += 1
@@ -235,14 +237,18 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {  # of operations whose results are n
 }
 
 
-def _attention_flops(q: Any, k: Any, v: Any, dropout: float = 0.0, is_causal: bool = False, **_: Any) -> int:
-    return sdpa_flop_count(q.shape, k.shape, v.shape) // (2 if is_causal else 1)
+def _is_causal(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether an operation leaves out what a causal mask hides: half of it."""
+    names = [argument.name for argument in func._schema.arguments]
+    return bool(({**dict(zip(names, args, strict=False)), **kwargs}).get("is_causal", False))
 
 
-def _attention_backward_flops(
-    g: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dropout: float, is_causal: bool, **_: Any
-) -> int:
-    return sdpa_backward_flop_count(g.shape, q.shape, k.shape, v.shape) // (2 if is_causal else 1)
+def _attention_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(q.shape, k.shape, v.shape)
+
+
+def _attention_backward_flops(g: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(g.shape, q.shape, k.shape, v.shape)
 
 
 def _grouped_flops(a: Any, b: Any, *_: Any, **__: Any) -> int:
@@ -250,9 +256,14 @@ def _grouped_flops(a: Any, b: Any, *_: Any, **__: Any) -> int:
     return 2 * a.shape[-2] * a.shape[-1] * b.shape[-1]
 
 
-# What has no formula in PyTorch: the CPU's attention, which fake tensors take, and experts' products.
+def _four_bit_flops(a: Any, *_: Any, out_val: Any, **__: Any) -> int:
+    return 2 * a.shape[-1] * out_val.numel()
+
+
+# What has no formula in PyTorch: the CPU's attention, which fake tensors take, experts' products, bitsandbytes.
 _FLOPS: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention_backward_flops,
     torch.ops.aten._grouped_mm.default: _grouped_flops,
+    torch.ops.bitsandbytes.gemm_4bit.default: _four_bit_flops,
 }

@@ -138,10 +138,17 @@ def record(
     document: int | None = None,
     device: torch.device = ACCELERATOR,
     like: Blocks | None = None,
+    ledger: Ledger | None = None,
 ) -> Record:
-    """`simulate`, in detail. like: a cut of a model of its make; see `cut_of`. Raises CannotSimulate too."""
+    """`simulate`, in detail.
+
+    like    a cut of a model of its make; see `cut_of`
+    ledger  counts instead of a new one
+
+    Raises CannotSimulate too.
+    """
     with _simulating(config):
-        return _recorded(config, model_config, micro_batches, document, device, like)
+        return _recorded(config, model_config, micro_batches, document, device, like, ledger or Ledger())
 
 
 @contextmanager
@@ -165,11 +172,11 @@ def _recorded(
     document: int | None,
     device: torch.device,
     like: Blocks | None,
+    ledger: Ledger,
 ) -> Record:
     # bitsandbytes makes its table of codes at first use, from numbers.
     quantize(torch.zeros(64, 64), FourBit())
     model = adapted(skeleton(config, model_config), config)
-    ledger = Ledger()
     with FakeTensorMode(allow_non_fake_inputs=True), ledger:
         disk = _materialize(model, config, device, ledger)
         model.train()
@@ -198,7 +205,7 @@ def _recorded(
         phases=phases,
         file=dict(disk.held),
         slack=ledger.allocator.peak_reserved - ledger.allocator.peak_allocated,
-        entry=step.entered // len(micro_batches) if isinstance(step, _Watched) else 0,
+        entry=step.entered // len(micro_batches) if isinstance(step, Watched) else 0,
         tokens=sum(rows * tokens for rows, tokens in micro_batches),
         layers=len(step.blocks) if isinstance(step, LayerMajor) else 0,
         kept=step.layers_kept if isinstance(step, LayerMajor) else 0,
@@ -310,7 +317,7 @@ def _step(
     if memory.order != "standard":
         with contextlib.suppress(CannotCut), ledger.naming(ENDS):
             blocks = like.again(model) if like is not None else cut(model)
-            step = _Watched(blocks, Residency(blocks.layers, device), memory, seed)
+            step = Watched(blocks, Residency(blocks.layers, device), memory, seed)
             step.watched_by(ledger, disk)
             for parameter in model.parameters():
                 ledger.settle(parameter)
@@ -341,14 +348,23 @@ def _warm_up(step: Step, loop: Loop, ledger: Ledger) -> None:
         loop.optimizer.zero_grad(set_to_none=True)
 
 
-class _Watched(LayerMajor):
+class Watched(LayerMajor):
     """The step, which says meanwhile what it is doing. Nothing of it is done in another way."""
 
     entered = 0  # bytes of the working set once all micro-batches have entered
 
-    def watched_by(self, ledger: Ledger, disk: _Disk) -> None:
+    @classmethod
+    def of(cls, step: LayerMajor, ledger: Ledger) -> Watched:
+        """A step as it is, over the same model and in the same places, watched."""
+        watched = cls.__new__(cls)
+        vars(watched).update(vars(step))
+        watched.watched_by(ledger)
+        return watched
+
+    def watched_by(self, ledger: Ledger, disk: _Disk | None = None) -> None:
+        """disk: stands in for the one that activations would go to."""
         self._ledger = ledger
-        if isinstance(self.activations, activations.OnFile):
+        if disk is not None and isinstance(self.activations, activations.OnFile):
             self.activations, self.gradients = _OnFile(self.device, disk), _OnFile(self.device, disk, passing=True)
         self.activations = cast(Any, _NamedActivations(self.activations, ledger))
         self.gradients = cast(Any, _NamedActivations(self.gradients, ledger))

@@ -21,6 +21,8 @@ PARAMETERS = {  # as their makers give them; of Gemma-3-27B without its eye, whi
     "qwen3-14b": 14.8e9,
     "qwen3-30b-a3b": 30.5e9,
     "qwen3-32b": 32.8e9,
+    "mid": 327.2e6,  # these two are ours, for two CPU cores
+    "small": 22.03e6,
 }
 
 

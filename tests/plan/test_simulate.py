@@ -29,9 +29,7 @@ from qlora.plan.simulate import (
     GRADIENTS,
     LOSS,
     OPTIMIZER,
-    _Disk,
-    _NamedActivations,
-    _Watched,
+    Watched,
     cut_of,
     record,
     simulate,
@@ -69,10 +67,8 @@ def really_held(config: Config, micro_batches: int, directory) -> dict[tuple[str
     with ledger:
         with ledger.naming(ENDS):
             blocks = cut(model)
-            step = _Watched(blocks, Residency(blocks.layers, HOST), config.memory, 0, directory)
-        stores = step.activations, step.gradients
-        step.watched_by(ledger, _Disk(HOST, ledger))
-        step.activations, step.gradients = (_NamedActivations(store, ledger) for store in stores)
+            step = Watched(blocks, Residency(blocks.layers, HOST), config.memory, 0, directory)
+        step.watched_by(ledger)
         tokens = [torch.randint(3, 1000, (ROWS, TOKENS)) for _ in range(micro_batches)]
         batches = [Batch(ids, torch.arange(TOKENS).repeat(ROWS, 1), ids.clone()) for ids in tokens]
         loop = Loop(step, trainable(attached), lambda _: batches, config.training, {}, lambda *_, **__: None)
