@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import json
 import sys
 import time
@@ -23,9 +22,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import RANK, RESULTS, surroundings
 from transformers.utils.logging import set_verbosity_error
 
+from qlora.bench.environment import surroundings, today
+from qlora.bench.shapes import HOME
 from qlora.config import Config
 from qlora.errors import PlanError
 from qlora.model.source import config_of
@@ -34,7 +34,7 @@ from qlora.plan.periodic import Simulator
 from qlora.plan.plan import Plan
 from qlora.plan.planner import Planner
 
-SHAPES = Path(__file__).parent / "shapes"
+RESULTS, RANK = Path(__file__).parent / "results", 16
 MODELS = {
     "llama3.1-8b": "Llama-3.1-8B",
     "qwen3-14b": "Qwen3-14B",
@@ -53,7 +53,7 @@ def recipe(shape: str) -> Config:
     """The same for every cell."""
     return Config.model_validate(
         {
-            "model": {"model_name_or_path": str(SHAPES / f"{shape}.json")},
+            "model": {"model_name_or_path": str(HOME / f"{shape}.json")},
             "lora": {"r": RANK},
             "data": {"datasets": [{"path": "unused"}], "max_seq_length": TOKENS},
             "training": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": SEQUENCES},
@@ -111,11 +111,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", type=names, default=list(MODELS), help="these alone, with commas")
     parser.add_argument("--cards", type=keys, default=list(CARDS), help="these instead, as `qlora plan` takes them")
-    parser.add_argument("--out", type=Path, default=RESULTS / f"plans_{datetime.date.today()}.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / f"plans_{today()[:10]}.json")
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
     set_verbosity_error()
-    around = surroundings(warm_up=0)
+    around = {"date": today(), **surroundings("cpu")}
     plans, cells = [], {}
     for shape in asked.shapes:
         simulator = None
@@ -126,8 +126,9 @@ def main() -> None:
             took = time.perf_counter() - started
             print(f"{shape} on {card}: {cells[shape, card]}; {took:.0f} s", file=sys.stderr, flush=True)
     setting = {"host_gib": HOST_GIB, "sequences": SEQUENCES, "tokens": TOKENS}
-    asked.out.write_text(json.dumps(around | {"setting": setting, "plans": plans}, indent=1) + "\n")
-    print(table(cells, asked.shapes, asked.cards))
+    shown = table(cells, asked.shapes, asked.cards)
+    asked.out.write_text(json.dumps(around | {"setting": setting, "table": shown, "plans": plans}, indent=1) + "\n")
+    print(shown)
 
 
 if __name__ == "__main__":

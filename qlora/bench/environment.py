@@ -27,7 +27,7 @@ def surroundings(device: str) -> dict[str, Any]:
     device  "cpu", or an accelerator's type
     """
     return {
-        "command": " ".join(["qlora", *(shlex.quote(word) for word in sys.argv[1:])]),
+        "command": shlex.join([*_program(), *sys.argv[1:]]),
         **_commit(),
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
         "system": platform.platform(terse=True),
@@ -47,6 +47,11 @@ def today() -> str:
 def slug(text: str) -> str:
     """Text as part of a file's name: `nvidia-h100-80gb-hbm3`."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def _program() -> list[str]:
+    script = Path(sys.argv[0])
+    return ["python", f"benchmarks/{script.name}"] if script.parent.name == "benchmarks" else ["qlora"]
 
 
 def _commit() -> dict[str, Any]:

@@ -6,13 +6,15 @@
 
 The first line names one or more files of `benchmarks/results`, and may say which of their columns and methods to show
 and what to compare with: `columns=step,method,speed methods=qlora,hf-qlora against=hf-qlora` (`tables.COMPACT` has the
-columns). Both lines stand at the beginning of a line; indented, they are an example.
+columns). A file of a script in `benchmarks/` has its table with it. Both lines stand at the beginning of a line;
+indented, they are an example.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import re
 import shlex
 import sys
@@ -106,12 +108,28 @@ def _table(asked: str, folder: Path) -> str:
     for file in files:
         if Path(file).name != file:
             raise DataError(f"`{file}` is not the name of a file in {RESULTS}")
+        own = _own_table(folder / file)
+        if own is not None:
+            parts.append(own)
+            continue
         results = read(folder / file)
         columns, methods = (options[key].split(",") if key in options else None for key in ("columns", "methods"))
         made_by = f"`{command(results)}`, in " if command(results) else ""
         source = f"({made_by}`{RESULTS}/{file}`: {mark(byline(results))}.)"
         parts += [compact(results, columns, methods, options.get("against")), source]
     return "\n\n".join(parts)
+
+
+def _own_table(path: Path) -> str | None:
+    """The table that a script of `benchmarks/` made of its figures and left in their file; None: it left none."""
+    try:
+        written = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None  # `read` says what is wrong
+    if not isinstance(written, dict) or not isinstance(written.get("table"), str):
+        return None
+    day = str(written.get("date"))[:10]
+    return f"{written['table']}\n\n(`{mark(str(written.get('command')))}`, in `{RESULTS}/{path.name}`: {day}.)"
 
 
 def stale(pages: Sequence[str] = PAGES, root: Path = ROOT) -> Iterator[tuple[Path, str, str]]:

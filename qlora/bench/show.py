@@ -95,4 +95,8 @@ def report(files: Sequence[str], out: str | None) -> None:
 
 def compared(old: str, new: str, threshold: str) -> int:
     """Print how a newer result compares with an older one. Returns 1 where it is worse."""
-    return compare_files(Path(old), Path(new), share(threshold), Console(highlight=False))
+    try:
+        tolerated = share(threshold)
+    except ValueError as error:
+        raise RecipeError(Problem("--threshold", None, "", str(error), "")) from None
+    return compare_files(Path(old), Path(new), tolerated, Console(highlight=False))
