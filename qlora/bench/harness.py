@@ -106,6 +106,11 @@ class Side:
         self.failure = said if isinstance(said, Failure) else None
         self.loaded = said if isinstance(said, Loaded) else None
 
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether another try would fail too: it did not get as far as to its work, and not for want of memory."""
+        return self.loaded is None and self.failure is not None and self.failure.status == "failed"
+
     def ask(self, work: Work, kind: str) -> Any:
         """What the process answers to an order; None where it failed, now or before."""
         if self.failure is not None:
@@ -197,7 +202,7 @@ class _Bench:
                     if side is not None and setup.method == "full":  # its first weights are gone
                         side.close()
                         side = None
-                    if side is None or side.failure is not None:
+                    if side is None or (side.failure is not None and not side.is_hopeless):
                         sides[setup.name] = self._started(setup)
                 for kind in ["step"] * self.suite.warm_up + ["count"] + ["step"] * self.suite.steps + ["peaks"]:
                     for setup in setups:
@@ -234,7 +239,8 @@ class _Bench:
                     bad = tokens
                     best = best or row
                 following = min(good * 2, most) if bad > most else (good + bad) // 2 // unit * unit
-                if row.status in ("failed", "late") or following <= good or bad - good <= good // EIGHTH:
+                near_enough = following <= good or bad - good <= good // EIGHTH
+                if row.status in ("failed", "late") or not good or near_enough:
                     break
                 tokens = following
         finally:

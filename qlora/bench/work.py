@@ -128,7 +128,7 @@ class Suite(Section):
         "and the last work; or the largest `model`, of those listed.",
     )
     predict: bool = Field(default=False, description="Say beside each row of ours what `qlora plan` says of it.")
-    warm_up: int = Field(default=1, ge=1, description="Steps that are not timed, beside one that is counted.")
+    warm_up: int = Field(default=1, ge=0, description="Steps that are not timed, beside one that is counted.")
     steps: int = Field(default=3, ge=1, description="Steps that are timed.")
     limit_s: float = Field(default=900.0, gt=0, description="Seconds that a process may take for all of its works.")
 

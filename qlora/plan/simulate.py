@@ -45,7 +45,7 @@ from qlora.model.transfer import Event, Lane, host_buffer
 from qlora.plan.allocator import CachingAllocator
 from qlora.plan.ledger import ACCELERATOR, HOST, WORKING_SET, Label, Ledger, stored
 from qlora.plan.types import PHASES, Phase, Usage
-from qlora.train import activations
+from qlora.train import activations, optim
 from qlora.train.loop import Loop
 from qlora.train.step import LayerMajor, MicroBatchMajor, Step
 
@@ -342,10 +342,7 @@ def _warm_up(step: Step, loop: Loop, ledger: Ledger) -> None:
             with step.residency.visit(elsewhere[0] if elsewhere else 0):
                 pass
     with ledger.naming(OPTIMIZER):
-        for parameter in loop.parameters.values():
-            parameter.grad = torch.zeros_like(parameter)
-        loop.optimizer.step()
-        loop.optimizer.zero_grad(set_to_none=True)
+        optim.settle(loop.optimizer, loop.parameters.values())
 
 
 class Watched(LayerMajor):

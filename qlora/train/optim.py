@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -46,6 +46,14 @@ def build(
         optimizer = (PagedAdamW8bit if name == "paged_adamw_8bit" else AdamW8bit)(groups, **common)
     warmup = training.warmup_steps or math.ceil(training.warmup_ratio * steps)  # rounded as transformers does
     return optimizer, get_scheduler(training.lr_scheduler_type, optimizer, warmup, steps)
+
+
+def settle(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Take a step with gradients of zero: the state is there then, and without weight decay no weight has moved."""
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
