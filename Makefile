@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+# Tests of a file stay together, as they share what is costly to make.
+TURNS  := --numprocesses logical --maxprocesses 4 --dist loadfile
 MODEL  := .cache/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .PHONY: help install quickstart test check lint bench readme-tables clean
@@ -31,10 +33,10 @@ quickstart: $(READY) $(MODEL)  ## fine-tune SmolLM2-135M on 2 CPU cores in minut
 
 test: $(READY) $(MODEL)  ## run the tests
 	@echo "== pytest"
-	@$(BIN)/python -m pytest -q -m "not exhaustive"
+	@$(BIN)/python -m pytest -q -m "not exhaustive" $(TURNS)
 
 check: lint $(READY) $(MODEL)  ## lint, types and all tests
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q $(TURNS)
 
 lint: $(READY)  ## ruff and pyright
 	@$(BIN)/ruff check .

@@ -115,7 +115,7 @@ def main() -> None:
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
     set_verbosity_error()
-    around = {"date": today(), **surroundings("cpu")}
+    around = {"date": today(), **surroundings()}
     plans, cells = [], {}
     for shape in asked.shapes:
         simulator = None

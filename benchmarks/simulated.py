@@ -73,7 +73,7 @@ def main() -> None:
     memory = {key: yaml.safe_load(value) for key, _, value in (each.partition("=") for each in asked.memory)}
     disable_progress_bar()
     warnings.simplefilter("ignore")
-    around = {"date": today(), **surroundings("cpu")}
+    around = {"date": today(), **surroundings()}
     cases = CASES if asked.shape is None else [("", asked.shape, asked.work, memory)]
     rows, entries = [], []
     for title, shape, text, section in cases:

@@ -64,7 +64,7 @@ def test_help_answers_before_anyone_waits():
         seconds.append(time.perf_counter() - started)
     assert ran.stderr.strip() == "[]"
     assert min(seconds) < 0.5
-    assert all(command in ran.stdout for command in ("train", "data", "plan", "doctor", "generate", "schema"))
+    assert all(command in ran.stdout for command in ("train", "data", "plan", "doctor", "bench", "generate", "schema"))
 
 
 def test_schema_is_a_json_schema_that_knows_every_section(capsys):

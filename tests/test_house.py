@@ -1,6 +1,7 @@
 """The house: who may import whom. A file imports from floors below its own, or from its own folder without a circle."""
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,10 @@ def test_no_architecture_is_named_in_the_engine():
                 assert not any(name in word for name in named), f"{path}:{node.lineno}: {word}"
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) < 40:
                 assert not any(name in node.value.lower() for name in named), f"{path}:{node.lineno}: {node.value}"
+
+
+def test_every_folder_is_in_the_package_that_is_built():
+    listed = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {".".join(("qlora", *path.relative_to(PACKAGE).parent.parts)) for path in PACKAGE.rglob("*.py")}
+    assert set(listed["packages"]) == folders | set(listed["package-dir"])
+    assert all((PACKAGE.parent / folder).is_dir() for folder in listed["package-dir"].values())

@@ -11,21 +11,21 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from qlora.machine import GIB
 
+if TYPE_CHECKING:
+    import torch
+
 TREE = Path(__file__).parents[2]  # of the sources, where this is no installed wheel
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
-def surroundings(device: str) -> dict[str, Any]:
-    """Facts of this machine and of this program. To be asked before the work, so that the load average is not our own.
-
-    device  "cpu", or an accelerator's type
-    """
+def surroundings() -> dict[str, Any]:
+    """Facts of this machine and program. To be asked before the work, so that the load average is not our own."""
     return {
         "command": shlex.join([*_program(), *sys.argv[1:]]),
         **_commit(),
@@ -35,7 +35,6 @@ def surroundings(device: str) -> dict[str, Any]:
         "cores": len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count(),
         "memory_gib": psutil.virtual_memory().total / GIB,
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
-        **({} if device == "cpu" else _accelerator()),
     }
 
 
@@ -75,10 +74,13 @@ def _cpu() -> str:
     return found[1] if found else platform.processor()
 
 
-def _accelerator() -> dict[str, Any]:
+def accelerator(device: torch.device) -> dict[str, Any]:
+    """Facts of a GPU; none of a CPU. Asking takes memory of it: see `harness.probe`."""
+    if device.type == "cpu":
+        return {}
     import torch
 
-    total = torch.accelerator.get_memory_info()[1]
+    total = torch.accelerator.get_memory_info(device)[1]
     return {"device_gib": total / GIB, "cuda": torch.version.cuda, "driver": _driver()}
 
 

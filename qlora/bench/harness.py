@@ -15,15 +15,16 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
 from qlora.bench import peers
-from qlora.bench.environment import surroundings, today
+from qlora.bench.environment import accelerator, surroundings, today
 from qlora.bench.meters import Counted
 from qlora.bench.methods import as_directory
 from qlora.bench.predictions import predictions
@@ -32,9 +33,11 @@ from qlora.bench.work import OURS, PEERS, Method, Setup, Suite, Work
 from qlora.bench.worker import Failure, Order, run
 from qlora.machine import GIB, device_name, free_bytes
 from qlora.plan import measure
+from qlora.plan.types import Rates
 
 Say = Callable[[str], None]
 
+CONTEXT_GIB = 1.0  # that a process takes of a GPU beside what its allocator holds
 CEILING_S = 2.0  # seconds in which the machine shows how fast it multiplies
 # Relative. Before the first update B is zero, so both sides round the same products and were seen 7e-8 apart; a kernel
 # that rounds elsewhere moves a token's logit by up to 2^-9, and a thousand tokens average out. One token more or less
@@ -46,33 +49,38 @@ BASES: dict[str, tuple[Method, ...]] = {"4-bit": ("qlora", "hf-qlora"), "16-bit"
 EIGHTH = 8  # a longest context is found to an eighth of itself
 
 
-def run_suite(name: str, suite: Suite, device: torch.device, out: Path, directory: Path, say: Say) -> Results:
-    """Measure all of a suite; `out` has what was measured so far at any time.
+def run_suite(
+    name: str, suite: Suite, device: torch.device, place: Callable[[Results], Path], directory: Path, say: Say
+) -> Results:
+    """Measure all of a suite.
 
+    place      gives the file that has, at any time, what was measured so far
     directory  for what methods leave for the next run: caches, converted models
     say        is told of every step in a line
     """
+    here = suite.device == "any" or device.type != "cpu"
+    environment = surroundings()
+    found = _in_a_process(probe, device) if here else None
     results = Results(
         suite=name,
         title=suite.title,
         date=today(),
         device=device.type,
-        device_name=device_name(device),
+        device_name=found.name if found else device_name(device),
         settings=suite.model_dump(mode="json"),
-        environment=surroundings(device.type),
-        ceiling=None,
+        environment=environment | (found.facts if found else {}),
+        ceiling=found.rates.flops if found else None,
+        complete=found is None,
     )
-    if suite.device == "gpu" and device.type == "cpu":
+    if found is None:
         say(f"{name}: needs a GPU, and there is none here: nothing was measured")
-        return results.model_copy(update={"complete": True})
+        return results
+    say(f"{found.name} multiplies at {found.rates.flops / 1e12:.2f} TFLOP/s")
     directory.mkdir(parents=True, exist_ok=True)
-    converted = {model: as_directory(model, say) for model in suite.model}
-    suite = suite.model_copy(update={"model": [converted[model] for model in suite.model]})
+    suite = suite.model_copy(update={"model": [as_directory(model, say) for model in suite.model]})
     groups = list(suite.groups(device.type))
-    results.ceiling = measure.multiplying(device, CEILING_S)
-    say(f"this machine multiplies at {results.ceiling / 1e12:.2f} TFLOP/s")
-    predicted = _predictions(suite, groups, device, say) if suite.predict else {}
-    bench = _Bench(suite, results, out, directory, say, predicted, {})
+    predicted = _predictions(suite, groups, found.rates, say) if suite.predict else {}
+    bench = _Bench(suite, results, place(results), directory, say, found.free / GIB, predicted, {})
     bench.write()
     for group in groups:
         bench.measure(group)
@@ -81,11 +89,32 @@ def run_suite(name: str, suite: Suite, device: torch.device, out: Path, director
     return results
 
 
-def _predictions(suite: Suite, groups: Sequence[Sequence[Setup]], device: torch.device, say: Say) -> dict[Any, Any]:
+class Found(NamedTuple):
+    """The machine. free: bytes of the device; rates: what it does, flops as reached in CEILING_S; facts: of a GPU."""
+
+    name: str
+    free: int
+    rates: Rates
+    facts: dict[str, Any]
+
+
+def probe(device: torch.device) -> Found:
+    """To be asked in a process that ends: on a GPU what a process holds is missing to all others."""
+    free = free_bytes(device)
+    rates = measure.recall(measure.key_of(device), lambda text: None) or measure.quick(device)
+    rates = replace(rates, flops=measure.multiplying(device, CEILING_S))
+    return Found(device_name(device), free, rates, accelerator(device))
+
+
+def _in_a_process(function: Callable[[torch.device], Found], device: torch.device) -> Found:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, device).result()
+
+
+def _predictions(suite: Suite, groups: Sequence[Sequence[Setup]], rates: Rates, say: Say) -> dict[Any, Any]:
     if suite.search or suite.recipe:
         say("predictions are for steps whose size is known: there are none for a search, or for rows of a recipe")
         return {}
-    rates = measure.recall(measure.key_of(device), say) or measure.quick(device)
     ours = [setup for group in groups for setup in group if setup.method in OURS]
     pairs = [(setup, work) for setup in ours for work in suite.works]
     say(f"{len(pairs)} steps are predicted")
@@ -158,6 +187,7 @@ class _Bench:
     out: Path
     directory: Path
     say: Say
+    free_gib: float
     predicted: dict[Any, Predicted | None]
     too_large: dict[tuple[str, int, float | None], str]  # in a search for the largest model: method -> the one that was
 
@@ -187,9 +217,8 @@ class _Bench:
         """Whether the processes can live side by side. On a card each would see what the others leave."""
         if self.results.device == "cpu" or len(setups) == 1:
             return True
-        caps = [setup.vram for setup in setups]
-        free = free_bytes(torch.device(self.results.device, 0)) / GIB
-        return all(cap is not None for cap in caps) and sum(cap or 0 for cap in caps) + 1.5 * len(caps) <= free
+        caps = [setup.vram or math.inf for setup in setups]
+        return sum(caps) + CONTEXT_GIB * len(caps) <= self.free_gib
 
     def _in_turn(self, setups: Sequence[Setup]) -> None:
         sides: dict[str, Side] = {}

@@ -10,13 +10,13 @@ from rich.console import Console
 
 from qlora.bench import tables
 from qlora.bench.compare import compare_files, share
-from qlora.bench.environment import TREE, slug, today
+from qlora.bench.environment import TREE, slug
 from qlora.bench.harness import run_suite
 from qlora.bench.page import page
 from qlora.bench.results import Results, read
 from qlora.bench.suites import load_suite
 from qlora.errors import MachineError, Problem, RecipeError
-from qlora.machine import device_name, pick_device
+from qlora.machine import pick_device
 from qlora.model.cache import cache_home
 
 # Beside the suites in the sources; where an installed wheel has none, here.
@@ -43,12 +43,14 @@ def bench(suite: str | None, asked: Mapping[str, Any], out: str | None) -> int:
     def say(text: str) -> None:
         console.print(text, markup=False)
 
-    where = "cpu" if device.type == "cpu" else slug(device_name(device))
-    place = Path(out) if out else RESULTS / f"{name}_{where}_{today()[:10]}.json"
+    def place(results: Results) -> Path:
+        where = "cpu" if results.device == "cpu" else slug(results.device_name)
+        return Path(out) if out else RESULTS / f"{name}_{where}_{results.date[:10]}.json"
+
     results = run_suite(name, chosen, device, place, _home(), say)
     console.print(tables.terminal(results))
     if results.rows:
-        console.print(f"every figure is in {place}", markup=False)
+        console.print(f"every figure is in {place(results)}", markup=False)
     return _verdict(results, console)
 
 

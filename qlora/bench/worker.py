@@ -51,6 +51,7 @@ class Failure:
 def run(pipe: Connection, setup: Setup, directory: Path) -> None:
     """The process. directory: where it may leave files that the next run can use."""
     warnings.filterwarnings("ignore")
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # it warns of an optional CPU kernel at each start
     try:
         _serve(pipe, setup, directory)
     except BaseException as error:
@@ -88,7 +89,6 @@ def _serve(pipe: Connection, setup: Setup, directory: Path) -> None:
     from qlora.train.optim import settle
 
     disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # it warns of an optional CPU kernel at each start
     device = torch.device("cpu") if setup.device == "cpu" else torch.device(setup.device, 0)
     if setup.vram is not None:
         total = torch.accelerator.get_memory_info(device)[1]

@@ -47,7 +47,7 @@ def ran(shape, tmp_path_factory):
         }
     )
     said = []
-    results = run_suite("tiny", suite, CPU, home / "out.json", home, said.append)
+    results = run_suite("tiny", suite, CPU, lambda _: home / "out.json", home, said.append)
     return results, home / "out.json", said
 
 
@@ -140,7 +140,7 @@ def test_an_interrupted_run_keeps_what_was_measured(shape, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_suite("tiny", suite, CPU, tmp_path / "out.json", tmp_path, interrupted)
+        run_suite("tiny", suite, CPU, lambda _: tmp_path / "out.json", tmp_path, interrupted)
     kept = read(tmp_path / "out.json")
     assert [(done.tokens, done.status) for done in kept.rows] == [(8, "ok")]
     assert not kept.complete
@@ -189,7 +189,7 @@ class FakeSide:
 def searched(tmp_path, monkeypatch, **suite):
     monkeypatch.setattr(harness, "Side", FakeSide)
     chosen = Suite.model_validate({"title": "x", "methods": ["qlora"]} | suite)
-    return run_suite("x", chosen, CPU, tmp_path / "out.json", tmp_path, lambda text: None).rows
+    return run_suite("x", chosen, CPU, lambda _: tmp_path / "out.json", tmp_path, lambda text: None).rows
 
 
 def test_the_longest_context_is_found_to_an_eighth_and_every_trial_is_kept(tmp_path, monkeypatch):
@@ -270,6 +270,10 @@ def test_a_suite_that_is_not_there_is_refused_with_those_that_are():
 
 def test_a_suite_for_gpus_says_so_where_there_is_none(tmp_path):
     said = []
-    results = run_suite("memory", load_suite("memory", {})[1], CPU, tmp_path / "out.json", tmp_path, said.append)
+
+    def never(_):
+        raise AssertionError("nothing is to be written")
+
+    results = run_suite("memory", load_suite("memory", {})[1], CPU, never, tmp_path, said.append)
     assert said == ["memory: needs a GPU, and there is none here: nothing was measured"]
     assert results.rows == [] and results.complete
