@@ -18,7 +18,7 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,6 @@ from qlora.errors import PlanError
 from qlora.model.source import config_of
 from qlora.plan.cards import find, machine_for
 from qlora.plan.periodic import Simulator
-from qlora.plan.plan import Plan
 from qlora.plan.planner import Planner
 
 RESULTS, RANK = Path(__file__).parent / "results", 16
@@ -61,8 +60,8 @@ def recipe(shape: str) -> Config:
     )
 
 
-def planned(shape: str, card: str, simulator: Simulator | None) -> tuple[dict[str, Any], str, Simulator]:
-    """A cell as JSON and as text, and the simulator for the next."""
+def planned(shape: str, card: str, simulator: Simulator | None) -> tuple[dict[str, Any], Simulator]:
+    """A cell, and the simulator for the next."""
     config = recipe(shape)
     machine = machine_for(card, host_gib=HOST_GIB)
     planner = Planner(config, machine, model_config=config_of(config.model), simulator=simulator)
@@ -71,23 +70,28 @@ def planned(shape: str, card: str, simulator: Simulator | None) -> tuple[dict[st
     try:
         plan = planner.plan()
     except PlanError as error:
-        return about | {"does_not_fit": str(error)}, "does not fit", planner.simulator
+        return about | {"does_not_fit": str(error)}, planner.simulator
     about["seconds_to_plan"] = time.perf_counter() - started
-    return about | {"plan": plan.as_json() | {"model": MODELS[shape]}}, cell(plan), planner.simulator
+    return about | {"plan": plan.as_json() | {"model": MODELS[shape]}}, planner.simulator
 
 
-def cell(plan: Plan) -> str:
+def cell(about: Mapping[str, Any]) -> str:
     """Tokens a second, and where the layers that are not on the card are brought from: `27 (12 host, 68 disk)`."""
-    memory, layers = plan.config.memory, plan.usage.layers
-    here = layers if memory.layers_on_device is None else min(memory.layers_on_device, layers)
-    on_host = layers - here if memory.layers_on_host is None else min(memory.layers_on_host, layers - here)
+    if "plan" not in about:
+        return "does not fit"
+    plan = about["plan"]
+    memory, layers = plan["memory"], plan["usage"]["layers"]
+    here = layers if memory["layers_on_device"] is None else min(memory["layers_on_device"], layers)
+    on_host = layers - here if memory["layers_on_host"] is None else min(memory["layers_on_host"], layers - here)
     away = [(on_host, "host"), (layers - here - on_host, "disk")]
     places = ", ".join(f"{n} {where}" for n, where in away if n)
-    return f"{plan.tokens_per_second:,.0f}" + (f" ({places})" if places else "")
+    return f"{plan['tokens_per_second']:,.0f}" + (f" ({places})" if places else "")
 
 
-def table(cells: dict[tuple[str, str], str], shapes: Sequence[str], cards: Sequence[str]) -> str:
+def table(plans: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: a row for each model, a column for each card."""
+    cells = {(about["shape"], about["card"]): cell(about) for about in plans}
+    shapes, cards = (list(dict.fromkeys(about[key] for about in plans)) for key in ("shape", "card"))
     titles = [f"{find(card).name}, {find(card).vram_gib:g} GB" for card in cards]
     rows = [["model", *titles], ["---", *["---:"] * len(cards)]]
     rows += [[MODELS[shape], *(cells[shape, card] for card in cards)] for shape in shapes]
@@ -116,17 +120,17 @@ def main() -> None:
     warnings.simplefilter("ignore")
     set_verbosity_error()
     around = {"date": today(), **surroundings()}
-    plans, cells = [], {}
+    plans: list[dict[str, Any]] = []
     for shape in asked.shapes:
         simulator = None
         for card in asked.cards:
             started = time.perf_counter()
-            about, cells[shape, card], simulator = planned(shape, card, simulator)
+            about, simulator = planned(shape, card, simulator)
             plans.append(about)
             took = time.perf_counter() - started
-            print(f"{shape} on {card}: {cells[shape, card]}; {took:.0f} s", file=sys.stderr, flush=True)
+            print(f"{shape} on {card}: {cell(about)}; {took:.0f} s", file=sys.stderr, flush=True)
     setting = {"host_gib": HOST_GIB, "sequences": SEQUENCES, "tokens": TOKENS}
-    shown = table(cells, asked.shapes, asked.cards)
+    shown = table(plans)
     asked.out.write_text(json.dumps(around | {"setting": setting, "table": shown, "plans": plans}, indent=1) + "\n")
     print(shown)
 

@@ -151,8 +151,9 @@ class Suite(Section):
 
     @property
     def works(self) -> list[Work]:
-        """What each process does."""
-        return [Work.parse(text) for text in self.work]
+        """What each process does, the smallest first: buffers that a method keeps for its next step would be too large
+        for a smaller one, and counted."""
+        return sorted((Work.parse(text) for text in self.work), key=lambda work: work.tokens_per_step)
 
     def groups(self, device: str) -> Iterator[list[Setup]]:
         """The setups that are compared with one another, group by group: they differ in the method alone."""

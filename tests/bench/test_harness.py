@@ -13,6 +13,7 @@ from qlora.bench.suites import known, load_suite
 from qlora.bench.work import Setup, Suite, Work
 from qlora.bench.worker import Failure, _failure
 from qlora.errors import MachineError, RecipeError
+from qlora.plan.types import Rates
 from tests.bench.factory import row
 from tests.conftest import SMALL
 
@@ -41,7 +42,7 @@ def ran(shape, tmp_path_factory):
                 "hf-qlora",
                 "unsloth",
             ],
-            "work": ["2x16", "1x24"],
+            "work": ["2x16", "1x24"],  # the smaller one will come first
             "r": [4],
             "steps": 2,
         }
@@ -117,6 +118,11 @@ def test_what_must_be_computed_is_the_same_for_ours_and_the_stock_stack(ran):
         assert mine.model_flops == theirs.model_flops < mine.flops < theirs.flops  # the last layer runs once here
 
 
+def test_a_smaller_work_comes_first(ran):
+    results, _, _ = ran
+    assert [done.tokens_per_step for done in rows_of(results, "qlora")] == [24, 32]
+
+
 def test_each_work_starts_from_the_first_weights_and_the_losses_agree(ran):
     results, _, _ = ran
     assert [agreement.methods for agreement in results.agreements] == [["qlora", "hf-qlora"]] * 2
@@ -188,6 +194,8 @@ class FakeSide:
 
 def searched(tmp_path, monkeypatch, **suite):
     monkeypatch.setattr(harness, "Side", FakeSide)
+    found = harness.Found("a card", 1 << 34, Rates(flops=1e12, memory=1e11), {})
+    monkeypatch.setattr(harness, "_in_a_process", lambda *_: found)
     chosen = Suite.model_validate({"title": "x", "methods": ["qlora"]} | suite)
     return run_suite("x", chosen, CPU, lambda _: tmp_path / "out.json", tmp_path, lambda text: None).rows
 

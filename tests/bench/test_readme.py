@@ -1,5 +1,7 @@
 """Tables in a README are what their files give; nobody has to look."""
 
+import json
+
 import pytest
 
 from qlora.bench.readme import PAGES, RESULTS, ROOT, blocks, main, update
@@ -112,3 +114,11 @@ def test_an_error_is_a_line_and_no_traceback(root, capsys):
     (root / "README.md").write_text("<!-- bench: none.json -->\n<!-- /bench -->\n")
     assert main([], root) == 1
     assert capsys.readouterr().err.startswith("DataError: README.md:1: ")
+
+
+def test_a_scripts_own_table_is_taken_from_its_file(tmp_path):
+    made = {"date": "2026-11-22T08:00:00", "command": "python benchmarks/plans.py", "table": "| a |\n|---|\n| 1 |"}
+    (tmp_path / "plans.json").write_text(json.dumps(made))
+    text = update("<!-- bench: plans.json -->\n| a |\n| 7 |\n<!-- /bench -->\n", tmp_path)
+    assert "| 1 |" in text and "| 7 |" not in text
+    assert "(`python benchmarks/plans.py`, in `benchmarks/results/plans.json`: 2026-11-22.)" in text
