@@ -59,7 +59,7 @@ def table(rows: list[tuple[str, Usage]]) -> str:
     lines = [f"| {head} | VRAM | host | disk |", "|---|---|---|---|"]
     for title, usage in rows:
         places = (usage.peak_bytes, usage.host_bytes, usage.file_bytes)
-        figures = [f"{n / 1e9:.1f} GB" if n < 1e10 else f"{n / 1e9:.0f} GB" if n else "" for n in places]
+        figures = [f"{n / 1e9:.1f} GB" if n < 1e11 else f"{n / 1e9:.0f} GB" for n in places]
         lines.append(f"| {title} | {' | '.join(text if n else '' for text, n in zip(figures, places, strict=True))} |")
     return "\n".join(lines)
 

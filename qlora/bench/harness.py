@@ -31,6 +31,7 @@ from qlora.bench.predictions import predictions
 from qlora.bench.results import Agreement, Loaded, Peaks, Predicted, Results, Row, Status, StepTaken, Trial
 from qlora.bench.work import OURS, PEERS, Method, Setup, Suite, Work
 from qlora.bench.worker import Failure, Order, run
+from qlora.errors import MachineError
 from qlora.machine import GIB, device_name, free_bytes
 from qlora.plan import measure
 from qlora.plan.types import Rates
@@ -57,8 +58,12 @@ def run_suite(
     place      gives the file that has, at any time, what was measured so far
     directory  for what methods leave for the next run: caches, converted models
     say        is told of every step in a line
+
+    Raises MachineError where the suite cannot be run here, ModelError.
     """
     here = suite.device == "any" or device.type != "cpu"
+    if suite.vram and suite.device == "any" and device.type == "cpu":
+        raise MachineError(f"{name}: `vram` caps what a process takes of a GPU, and there is none here\n  leave it out")
     environment = surroundings()
     found = _in_a_process(probe, device) if here else None
     results = Results(
@@ -205,8 +210,9 @@ class _Bench:
             for setup in ours:
                 self._fits(setup)
         else:
-            together = [ours] if self._have_room(ours) else [[setup] for setup in ours]
-            for sides in together:
+            together = self._have_room(ours)
+            self.results.in_turn &= together
+            for sides in [ours] if together else [[setup] for setup in ours]:
                 self._in_turn(sides)
         for setup in group:
             for work in self.suite.works if setup.method in PEERS else ():
@@ -275,7 +281,8 @@ class _Bench:
         finally:
             if side is not None:
                 side.close()
-        self._note(best.model_copy(update={"trials": trials}))
+            if best is not None:  # of an interrupted search, as far as it came
+                self._note(best.model_copy(update={"trials": trials}))
 
     def _fits(self, setup: Setup) -> None:
         """Whether a model trains at all, where no smaller one was too large already."""

@@ -178,6 +178,7 @@ class Results(Written):
     settings    the suite as it was run
     environment hardware, driver, versions, commit, command, load average; see `environment.surroundings`
     ceiling     FLOP/s of bf16 matrix products, as measured on this machine before anything else; None: it was not
+    in_turn     methods took turns, step by step; False: not all of them fitted on the device at one time
     complete    False: the run was interrupted, what it had measured is here
     """
 
@@ -192,6 +193,7 @@ class Results(Written):
     ceiling: float | None
     rows: list[Row] = []
     agreements: list[Agreement] = []
+    in_turn: bool = True
     complete: bool = False
 
     def write(self, path: Path) -> None:

@@ -1,4 +1,7 @@
-"""`qlora bench` and its kin, for people: what is asked for, measured, written and printed."""
+"""`qlora bench` and its kin, for people: what is asked for, measured, written and printed.
+
+What measures is imported when something is measured: a report does not wait for it.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,10 @@ from rich.console import Console
 from qlora.bench import tables
 from qlora.bench.compare import compare_files, share
 from qlora.bench.environment import TREE, slug
-from qlora.bench.harness import run_suite
 from qlora.bench.page import page
 from qlora.bench.results import Results, read
 from qlora.bench.suites import load_suite
 from qlora.errors import MachineError, Problem, RecipeError
-from qlora.machine import pick_device
-from qlora.model.cache import cache_home
 
 # Beside the suites in the sources; where an installed wheel has none, here.
 RESULTS = TREE / "benchmarks" / "results" if (TREE / "benchmarks").is_dir() else Path()
@@ -29,7 +29,12 @@ def bench(suite: str | None, asked: Mapping[str, Any], out: str | None) -> int:
     suite  None: the one for this machine
     asked  keys of the suite that were given on the command line; None: as the suite has it
     """
-    console, device = Console(highlight=False), pick_device()
+    from qlora.bench.harness import run_suite
+    from qlora.machine import pick_device
+    from qlora.model.cache import cache_home
+
+    console, device, home = Console(highlight=False), pick_device(), cache_home("auto")
+    assert home is not None
     if not console.is_terminal:
         console.width = 140  # a log is not a window, whose width it would be cut to
     instead = {key: value for key, value in asked.items() if value is not None}
@@ -47,18 +52,11 @@ def bench(suite: str | None, asked: Mapping[str, Any], out: str | None) -> int:
         where = "cpu" if results.device == "cpu" else slug(results.device_name)
         return Path(out) if out else RESULTS / f"{name}_{where}_{results.date[:10]}.json"
 
-    results = run_suite(name, chosen, device, place, _home(), say)
+    results = run_suite(name, chosen, device, place, home / "bench", say)  # for what methods leave for the next run
     console.print(tables.terminal(results))
     if results.rows:
         console.print(f"every figure is in {place(results)}", markup=False)
     return _verdict(results, console)
-
-
-def _home() -> Path:
-    """For what methods leave for the next run."""
-    home = cache_home("auto")
-    assert home is not None
-    return home / "bench"
 
 
 def _number(key: str, text: str, kind: type) -> Any:

@@ -164,15 +164,18 @@ def notes(results: Results) -> list[Note]:
     shared = [value for _, values in _key_values(results) if len(values) == 1 for value in values if value]
     if shared:
         said.append(Note(f"All rows: {', '.join(shared)}."))
+    for name, memory in {row.name: row.memory for row in results.rows if row.memory}.items():
+        said.append(Note(f"{name}: memory: {', '.join(f'{key}={value}' for key, value in memory.items())}."))
     said += _agreements(results)
     if results.settings.get("search") == "model":
         said += _largest(results)
     if taken := [row for row in results.rows if row.steps]:
         timed, warm_up = {len(row.steps) for row in taken}, {len(row.warm_up) for row in taken}
+        order = "the methods in turn" if results.in_turn else "one method after the other"
         said.append(
             Note(
-                f"{_range(timed)} timed {'step' if timed == {1} else 'steps'} after {_range(warm_up)} to warm up, the "
-                "methods in turn: median (20th to 80th percentile). noise: the difference is smaller than its spread."
+                f"{_range(timed)} timed {'step' if timed == {1} else 'steps'} after {_range(warm_up)} to warm up, "
+                f"{order}: median (20th to 80th percentile). noise: the difference is smaller than its spread."
             )
         )
     if results.ceiling and any(row.flops for row in results.rows):

@@ -276,6 +276,28 @@ def test_a_suite_that_is_not_there_is_refused_with_those_that_are():
         load_suite("cuda", {})
 
 
+def test_an_interrupted_search_keeps_what_it_found(tmp_path, monkeypatch):
+    def interrupted(self, work, kind):
+        if work.tokens > 5000:
+            raise KeyboardInterrupt
+        return FakeSide.ask(self, work, kind)
+
+    monkeypatch.setattr(harness, "Side", type("Interrupted", (FakeSide,), {"ask": interrupted}))
+    found = harness.Found("a card", 1 << 34, Rates(flops=1e12, memory=1e11), {})
+    monkeypatch.setattr(harness, "_in_a_process", lambda *_: found)
+    suite = Suite(title="x", methods=["qlora"], shape=["small"], work=["1x1024", "1x262144"], search="context")
+    with pytest.raises(KeyboardInterrupt):
+        run_suite("x", suite, CPU, lambda _: tmp_path / "out.json", tmp_path, lambda text: None)
+    (kept,) = read(tmp_path / "out.json").rows
+    assert (kept.tokens, [trial.tokens for trial in kept.trials]) == (4096, [1024, 2048, 4096])
+
+
+def test_a_cap_of_a_gpu_that_is_not_there_is_refused(tmp_path):
+    suite = Suite(title="x", methods=["qlora"], shape=["small"], work=["1x8"], vram=[8])
+    with pytest.raises(MachineError, match="`vram` caps what a process takes of a GPU"):
+        run_suite("x", suite, CPU, lambda _: tmp_path / "out.json", tmp_path, lambda text: None)
+
+
 def test_a_suite_for_gpus_says_so_where_there_is_none(tmp_path):
     said = []
 
