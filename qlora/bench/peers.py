@@ -25,11 +25,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import psutil
 
 from qlora.bench.results import Loaded, Peaks, Row, Status, StepTaken
 from qlora.bench.work import Setup, Work
@@ -39,6 +40,7 @@ TREE = Path(__file__).parents[2]  # where the peer's process finds this package
 DISTRIBUTIONS = {"unsloth": "unsloth", "torchtune": "torchtune", "llama-factory": "llamafactory"}
 SEED, LEARNING_RATE = 0, 2e-4  # as `methods` has them, which would load too much here
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LOOK_S = 0.05  # between two looks at what a peer's process holds
 OPTIMIZERS = {
     "adamw_torch": "torch.optim.AdamW",
     "adamw_8bit": "bitsandbytes.optim.AdamW8bit",
@@ -77,7 +79,7 @@ class Report(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """How a process went. output: its last lines; status: of its exit; host_gib: the most that was resident."""
+    """How a process went. output: its last lines; status: of its exit; host_gib: the most seen resident."""
 
     status: int
     late: bool
@@ -149,8 +151,8 @@ def _shape_of(setup: Setup) -> dict[str, Any]:
         raise CannotMeasure("needs a GPU")
     if setup.vram is not None and setup.method != "unsloth":
         raise CannotMeasure("takes no cap of the GPU's memory")
-    if not hasattr(os, "wait4"):
-        raise CannotMeasure("is measured where a process says what it held, as on Linux")
+    if not hasattr(os, "killpg"):
+        raise CannotMeasure("is measured where a process can be ended with all that it started, as on Linux")
     try:
         return json.loads((Path(setup.model) / "config.json").read_text())
     except (OSError, ValueError):
@@ -170,26 +172,34 @@ def _run(command: list[str], environment: Mapping[str, str], folder: Path, limit
             stderr=subprocess.STDOUT,
             start_new_session=True,  # to end it with its children
         )
-    late = threading.Event()
-
-    def stop() -> None:
-        late.set()
-        with contextlib.suppress(ProcessLookupError):  # it ended by itself just now
-            os.killpg(process.pid, signal.SIGKILL)
-
-    timer = threading.Timer(limit_s, stop)
-    timer.start()
+    deadline, late, held = time.monotonic() + limit_s, False, 0
     try:
-        _, status, usage = os.wait4(process.pid, 0)
-    except BaseException:  # Ctrl-C does not reach another session
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    finally:
-        timer.cancel()
-    process.returncode = os.waitstatus_to_exitcode(status)  # or Popen would wait for it again
-    unit = 1 if sys.platform == "darwin" else 1024
+        while process.poll() is None and not late:
+            # Not what the system says at its end: that has in it what this process held when it started it.
+            held = max(held, _resident_bytes(process.pid))
+            late = time.monotonic() > deadline
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(LOOK_S)
+    finally:  # Ctrl-C does not reach another session
+        with contextlib.suppress(ProcessLookupError):  # all of it has ended
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     last = (folder / "output.txt").read_bytes()[-20_000:].decode(errors="replace")
-    return Ended(process.returncode, late.is_set(), last, usage.ru_maxrss * unit / GIB)
+    return Ended(process.returncode, late, last, held / GIB)
+
+
+def _resident_bytes(pid: int) -> int:
+    """Of a process and of those that it started."""
+    with contextlib.suppress(psutil.Error):
+        first = psutil.Process(pid)
+        return sum(_resident(each) for each in [first, *first.children(recursive=True)])
+    return 0
+
+
+def _resident(process: psutil.Process) -> int:
+    with contextlib.suppress(psutil.Error):  # it ended meanwhile
+        return process.memory_info().rss
+    return 0
 
 
 def _is_oom(output: str) -> bool:
