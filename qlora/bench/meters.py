@@ -10,7 +10,7 @@ import gc
 import importlib
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,10 +162,16 @@ def counted(loop: Loop, ready: Ready, batches: Sequence[Batch], number: int) -> 
     return Counted(
         loss=result.loss,
         tensors=peak.nbytes / GIB,
-        by_category={c: nbytes / GIB for c, nbytes in peak.by_category.items() if nbytes} if own else {},
+        by_category=_named(peak.by_category, ready.config.method) if own else {},
         flops=total,
         model_flops=None if twice is None else total - twice,
     )
+
+
+def _named(held: Mapping[str, int], method: str) -> dict[str, float]:
+    """GiB by category; what is trained is an adapter where there is one."""
+    names = {ADAPTERS: "trained weights"} if method == "full" else {}
+    return {names.get(category, category): nbytes / GIB for category, nbytes in held.items() if nbytes}
 
 
 def _flops(phase: Phase) -> float:

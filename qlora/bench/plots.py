@@ -356,10 +356,18 @@ def _handles(
 
 
 def _legend(figure: Figure, entries: Sequence[tuple[Any, str]]) -> Figure:
-    """Above the axes, where no data is."""
-    if entries:
+    """Above the axes, where no data is, in as many columns as there is room for."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    for columns in range(min(len(entries), 5), 0, -1):
         handles, labels = zip(*entries, strict=True)
-        figure.legend(handles, labels, loc="outside upper left", ncols=min(len(entries), 5), handlelength=1.4)
+        legend = figure.legend(handles, labels, loc="outside upper left", ncols=columns, handlelength=1.4)
+        if (
+            columns == 1 or legend.get_window_extent(renderer).width < 0.9 * figure.bbox.width
+        ):  # others' fonts are wider
+            break
+        legend.remove()
     return figure
 
 

@@ -109,6 +109,7 @@ def test_categories_are_those_of_our_own_step_and_sum_to_the_peak(ran):
         assert sum(done.peaks.by_category.values()) == pytest.approx(done.peaks.tensors)
         assert done.peaks.by_category["optimizer state"] > 0
     assert all(not done.peaks.by_category for done in rows_of(results, "hf-qlora"))
+    assert all(done.peaks.by_category["trained weights"] > 0 for done in rows_of(results, "full"))
 
 
 def test_what_must_be_computed_is_the_same_for_ours_and_the_stock_stack(ran):
