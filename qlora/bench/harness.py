@@ -139,11 +139,13 @@ class Side:
         said = self._hear()
         self.failure = said if isinstance(said, Failure) else None
         self.loaded = said if isinstance(said, Loaded) else None
+        if self.failure is not None:
+            self.close()
 
     @property
     def is_hopeless(self) -> bool:
         """Whether another try would fail too: it did not get as far as to its work, and not for want of memory."""
-        return self.loaded is None and self.failure is not None and self.failure.status == "failed"
+        return self.loaded is None and self.failure is not None and self.failure.status != "out of memory"
 
     def ask(self, work: Work, kind: str) -> Any:
         """What the process answers to an order; None where it failed, now or before."""
@@ -328,7 +330,7 @@ class _Bench:
                 "peaks": taken.peaks,
                 "flops": taken.counted and taken.counted.flops,
                 "model_flops": taken.counted and taken.counted.model_flops,
-                "predicted": self.predicted.get((setup.name, setup.model, work)),
+                "predicted": self.predicted.get((setup.name, setup.model, setup.r, work)),
             }
         )
 

@@ -16,15 +16,15 @@ from qlora.plan.types import Rates
 
 def predictions(
     pairs: Iterable[tuple[Setup, Work]], rates: Rates, workers: int
-) -> dict[tuple[str, str, Work], Predicted | None]:
-    """What the plan says of each, by (setup's name, model, work), asked side by side; None: it cannot be simulated.
+) -> dict[tuple[str, str, int, Work], Predicted | None]:
+    """What the plan says of each, by (setup's name, model, r, work), asked side by side; None: it cannot be simulated.
 
     rates  of this machine
     """
     pairs = list(pairs)
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         made = pool.map(_predict, pairs, [rates] * len(pairs))
-        return {(setup.name, setup.model, work): each for (setup, work), each in zip(pairs, made, strict=True)}
+        return {(s.name, s.model, s.r, work): each for (s, work), each in zip(pairs, made, strict=True)}
 
 
 def _predict(pair: tuple[Setup, Work], rates: Rates) -> Predicted | None:

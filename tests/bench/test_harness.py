@@ -155,7 +155,8 @@ def test_an_interrupted_run_keeps_what_was_measured(shape, tmp_path):
 
 def test_a_process_that_is_late_or_dies_says_so(shape, tmp_path):
     one = Setup("lora", "lora", str(shape), True, 4, "adamw_torch", "cpu")
-    assert Side(one, tmp_path, limit_s=0.1).failure.status == "late"
+    late = Side(one, tmp_path, limit_s=0.1)
+    assert late.failure.status == "late" and late.is_hopeless and not late._process.is_alive()
     side = Side(one, tmp_path, limit_s=60)
     side._process.kill()
     assert side.ask(Work(1, 1, 8), "step") is None
