@@ -15,7 +15,6 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from qlora.bench import peers
+from qlora.bench.apart import apart
 from qlora.bench.environment import accelerator, surroundings, today
 from qlora.bench.meters import Counted
 from qlora.bench.methods import as_directory
@@ -112,8 +112,8 @@ def probe(device: torch.device) -> Found:
 
 
 def _in_a_process(function: Callable[[torch.device], Found], device: torch.device) -> Found:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, device).result()
+    with apart() as process:
+        return process.submit(function, device).result()
 
 
 def _predictions(suite: Suite, groups: Sequence[Sequence[Setup]], rates: Rates, say: Say) -> dict[Any, Any]:
@@ -122,7 +122,7 @@ def _predictions(suite: Suite, groups: Sequence[Sequence[Setup]], rates: Rates, 
         return {}
     ours = [setup for group in groups for setup in group if setup.method in OURS]
     pairs = [(setup, work) for setup in ours for work in suite.works]
-    say(f"{len(pairs)} steps are predicted")
+    say(f"steps to predict: {len(pairs)}")
     return predictions(pairs, rates, max(1, (os.cpu_count() or 1) // 2))
 
 

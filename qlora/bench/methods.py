@@ -14,11 +14,9 @@ from __future__ import annotations
 import importlib.metadata
 import itertools
 import json
-import multiprocessing
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +27,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig, PreTrainedModel
 
+from qlora.bench.apart import apart
 from qlora.bench.shapes import RandomSource, random_source
 from qlora.bench.work import STOCK, Setup, Work
 from qlora.config import Config, ModelConfig
@@ -267,8 +266,8 @@ def as_directory(model: str, say: Say) -> str:
     directory = file.with_name(file.stem + ".bf16")
     if not directory.is_dir() or directory.stat().st_mtime < file.stat().st_mtime:
         say(f"{file} -> {directory}")
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
-            apart.submit(convert, source, directory).result()
+        with apart() as process:
+            process.submit(convert, source, directory).result()
     return str(directory)
 
 

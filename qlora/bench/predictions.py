@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
+from qlora.bench.apart import apart
 from qlora.bench.results import Predicted
 from qlora.bench.work import Setup, Work
 from qlora.machine import GIB
@@ -22,8 +20,8 @@ def predictions(
     rates  of this machine
     """
     pairs = list(pairs)
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        made = pool.map(_predict, pairs, [rates] * len(pairs))
+    with apart(workers) as processes:
+        made = processes.map(_predict, pairs, [rates] * len(pairs))
         return {(s.name, s.model, s.r, work): each for (s, work), each in zip(pairs, made, strict=True)}
 
 
@@ -38,7 +36,6 @@ def _predict(pair: tuple[Setup, Work], rates: Rates) -> Predicted | None:
     from qlora.plan.seconds import time_of
     from qlora.plan.simulate import ACCELERATOR, HOST, CannotSimulate
 
-    warnings.filterwarnings("ignore")
     torch.set_num_threads(1)  # there is nothing to compute
     setup, work = pair
     config = config_of(setup, Path())

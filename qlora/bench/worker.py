@@ -8,15 +8,14 @@ Each method has a process of its own, so that nothing of another leaks into its 
 
 from __future__ import annotations
 
-import logging
 import traceback
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from qlora.bench.apart import hush
 from qlora.bench.results import Loaded, Status
 from qlora.bench.work import Setup, Work
 
@@ -50,8 +49,7 @@ class Failure:
 
 def run(pipe: Connection, setup: Setup, directory: Path) -> None:
     """The process. directory: where it may leave files that the next run can use."""
-    warnings.filterwarnings("ignore")
-    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # it warns of an optional CPU kernel at each start
+    hush()
     try:
         _serve(pipe, setup, directory)
     except BaseException as error:
@@ -80,7 +78,6 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def _serve(pipe: Connection, setup: Setup, directory: Path) -> None:
     import torch
-    from transformers.utils.logging import disable_progress_bar
 
     from qlora.bench import meters
     from qlora.bench.methods import batches_of, prepare
@@ -88,7 +85,6 @@ def _serve(pipe: Connection, setup: Setup, directory: Path) -> None:
     from qlora.train.loop import Loop
     from qlora.train.optim import settle
 
-    disable_progress_bar()
     device = torch.device("cpu") if setup.device == "cpu" else torch.device(setup.device, 0)
     if setup.vram is not None:
         total = torch.accelerator.get_memory_info(device)[1]
