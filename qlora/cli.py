@@ -7,16 +7,21 @@ import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from qlora.errors import QLoRAError
+from qlora.redact import redact
 
 _BENCH = ("run", "report", "compare", "schema")  # what `bench` can be told to do; without a word of these, the first
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit status: 0, 1 after an error that the user can mend, 130 after an interrupt."""
+    """Run a command; returns its exit status.
+
+    0, 1 after an error that the user can mend, 70 after one of ours (with its traceback), 130 after an interrupt.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["bench"] and not {*words[1:2]} & {"-h", "--help", *_BENCH}:
         words.insert(1, _BENCH[0])
@@ -24,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.command(options)
     except QLoRAError as error:
-        print(error.report(), file=sys.stderr)
+        print(redact(error.report()), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -32,10 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `qlora data ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception:  # a bug; Python would print the same, with the secrets that its messages quote
+        print(redact(traceback.format_exc()), end="", file=sys.stderr)
+        return 70
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="qlora", description="Fine-tune language models on consumer GPUs.")
+    parser = _Parser(prog="qlora", description="Fine-tune language models on consumer GPUs.")
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -43,9 +51,11 @@ def _parser() -> argparse.ArgumentParser:
     going_on = train.add_mutually_exclusive_group()
     going_on.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")
     going_on.add_argument("--overwrite", action="store_true", help="remove what an earlier run left in output_dir")
+    _add_skip(train)
     train.set_defaults(command=_train)
 
     data = _with_recipe(commands.add_parser("data", help="show what a recipe's data is and what is learned of it"))
+    _add_skip(data)
     data.add_argument("--samples", type=int, default=3, metavar="N", help="rows to show in full (%(default)s)")
     data.set_defaults(command=_data)
 
@@ -62,6 +72,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", dest="as_json", help="print all of the plan, for programs")
     plan.set_defaults(command=_plan, misused=plan.error)
 
+    runs = commands.add_parser("runs", help="list runs: finished, running, stopped or died, and how to go on")
+    runs.add_argument("directories", nargs="*", metavar="DIR", help="where to look, and in all below (outputs)")
+    runs.add_argument("--json", action="store_true", dest="as_json", help="print all of it, for programs")
+    runs.set_defaults(command=_runs)
+
     doctor = commands.add_parser("doctor", help="say what this machine can train and what is wrong with its set-up")
     doctor.add_argument("--measure", action="store_true", help="find out how fast it is, under a minute, and keep that")
     doctor.set_defaults(command=_doctor)
@@ -72,6 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("adapter", help="directory that `qlora train` left, or any PEFT LoRA")
     generate.add_argument("prompt", help="what the user says; - reads it from standard input")
     generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="at most (%(default)s)")
+    generate.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that ships with the base; it can do anything"
+    )
     generate.set_defaults(command=_generate)
 
     schema = commands.add_parser("schema", help="print the JSON Schema of recipes")
@@ -119,6 +137,16 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     schema.set_defaults(command=_bench_schema)
 
 
+def _add_skip(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--skip-bad-rows",
+        action="append_const",
+        const="data.skip_bad_rows=true",
+        dest="overrides",
+        help="leave out the rows that are wrong, and say how many they are, instead of refusing them all",
+    )
+
+
 def _with_recipe(parser: argparse.ArgumentParser, nargs: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("recipe", nargs=nargs, help="a YAML file; `qlora schema` says what may stand in it")
     parser.add_argument(
@@ -130,6 +158,13 @@ def _with_recipe(parser: argparse.ArgumentParser, nargs: str | None = None) -> a
         help="override a key of the recipe, e.g. training.learning_rate=1e-4; may be repeated",
     )
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Its commands' are of this class too."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(redact(message))
 
 
 class _Version(argparse.Action):
@@ -190,6 +225,13 @@ def _plan(options: argparse.Namespace) -> int:
 _NO_DATA = "data: {datasets: [{path: unused}]}"  # a recipe needs some; a plan does not read them
 
 
+def _runs(options: argparse.Namespace) -> int:
+    from qlora.report.runs import show_runs
+
+    show_runs(options.directories, as_json=options.as_json)
+    return 0
+
+
 def _doctor(options: argparse.Namespace) -> int:
     _hush()
     from qlora.plan.show import show_doctor
@@ -230,7 +272,8 @@ def _generate(options: argparse.Namespace) -> int:
     run = _run()
 
     prompt = sys.stdin.read().strip() if options.prompt == "-" else options.prompt
-    print(run.generate(options.adapter, prompt, max_new_tokens=options.max_new_tokens))
+    how = {"max_new_tokens": options.max_new_tokens, "trust_remote_code": options.trust_remote_code}
+    print(run.generate(options.adapter, prompt, **how))
     return 0
 
 

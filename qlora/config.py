@@ -231,6 +231,10 @@ class DataConfig(Section):
         lt=1,
         description="Share of the training rows held out, 0 to 1, drawn by training.seed; 0 = none.",
     )
+    skip_bad_rows: bool = Field(
+        default=False,
+        description="Train without the rows that are wrong, and say how many they are; false = refuse them all.",
+    )
     max_seq_length: int = Field(
         default=2048,
         ge=2,

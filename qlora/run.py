@@ -6,9 +6,12 @@ import contextlib
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from qlora import durable
 from qlora.config import Config
 from qlora.data import chat
 from qlora.data.prepare import Data, prepare
@@ -17,18 +20,23 @@ from qlora.errors import AdapterError, CheckpointError, DataError, QLoRAError, T
 from qlora.evaluate.generation import answer
 from qlora.evaluate.held_out import HeldOut
 from qlora.export import adapter as export
+from qlora.lock import Lock, Locked
 from qlora.machine import device_name, free_bytes, memory_kind, peak_memory_gib, pick_device
 from qlora.model.adapters import attach, load_adapter, trainable
 from qlora.model.load import Base, load_base
-from qlora.model.source import open_source
+from qlora.model.source import Source, open_source, read_tokenizer
 from qlora.plan.training import as_event, compared, planned_for
 from qlora.recipe import dump_recipe, load_recipe
+from qlora.redact import redacted
 from qlora.report.events import EventLog, Events, read_events
 from qlora.report.terminal import Terminal
 from qlora.report.trackers import Trackers
 from qlora.train import checkpoint
-from qlora.train.loop import Loop, Outcome
+from qlora.train.loop import Loop, Outcome, stop_requested
 from qlora.train.step import choose
+
+if TYPE_CHECKING:
+    import torch
 
 
 def train(
@@ -42,76 +50,103 @@ def train(
 
     Raises a QLoRAError for whatever a user can mend.
     """
-    training, device = config.training, pick_device()
-    output = Path(training.output_dir)
+    output, news = Path(config.training.output_dir), []
     _refuse_to_mix(output, resume, overwrite)
+    found = checkpoint.newest(output, news.append) if resume else None
     source = open_source(config.model)
     tokenizer = source.tokenizer(config.model.trust_remote_code)
-    data = prepare(config, tokenizer)  # before the model is loaded: a mistake in a row should not wait for that
-    _make_room(output, overwrite and not resume)
-    events = _events(config, output, resume, sinks)
+    today = date.fromisoformat(found.state["identity"]["today"]) if found and found.state["identity"]["today"] else None
+    data = prepare(config, tokenizer, today)  # before the model is loaded: a mistake in a row should not wait for that
+    with _alone_in(output):
+        _make_room(output, overwrite and not resume)
+        events = _events(config, output, resume, sinks)
 
-    def say(text: str) -> None:
-        events.emit("notice", text=text)
+        def say(text: str) -> None:
+            events.emit("notice", text=text)
 
-    with contextlib.closing(events), _warnings_as_notices(say):
-        planned = planned_for(config, source, data, output, resume, say)
-        if planned is not None:
-            config = planned.config
-            events.emit("plan", **as_event(planned))
-        base = load_base(config, source, device, say)
-        _check_vocabulary(data, base)
-        model = base.model if config.method == "full" else attach(base.model, config.lora, training.seed)
-        model.train()
-        step = choose(base.model, device, config.memory, training.seed, output, say)
-        packing = config.data.packing and step.isolates_documents
-        if config.data.packing and not packing:
-            say("rows are padded, not packed: this model would let packed documents see each other")
+        with contextlib.closing(events), _warnings_as_notices(say):
+            for text in news:
+                say(text)
+            return _train(config, source, data, found, events, say)
+
+
+def _train(
+    config: Config,
+    source: Source,
+    data: Data,
+    found: checkpoint.Checkpoint | None,
+    events: Events,
+    say: Callable[[str], None],
+) -> Outcome:
+    """The run, once its data is read and its directory is its own. found: the checkpoint to go on from."""
+    device, output = pick_device(), Path(config.training.output_dir)
+    planned = planned_for(config, source, data, output, found is not None, say)
+    if planned is not None:
+        config = planned.config
+        events.emit("plan", **as_event(planned))
+    training = config.training
+    base = load_base(config, source, device, say)
+    _check_vocabulary(data, base)
+    model = base.model if config.method == "full" else attach(base.model, config.lora, training.seed)
+    model.train()
+    step = choose(base.model, device, config.memory, training.seed, output, say)
+    packing = config.data.packing and step.isolates_documents
+    if config.data.packing and not packing:
+        say("rows are padded, not packed: this model would let packed documents see each other")
+    with stop_requested() as requested:
         held_out = HeldOut(
             base.model,
-            tokenizer,
+            data.tokenizer,
             step,
             data.held_out_batches(packing),
             data.questions() if training.predict_with_generate else [],
-            chat.end_token_ids(tokenizer),
+            chat.end_token_ids(data.tokenizer),
             training,
             events.emit,
+            requested,
         )
-        parameters, identity = trainable(model), _identity(config, base, data)
-        loop = Loop(step, parameters, data.epochs(packing), training, identity, events.emit, held_out.loss)
-        if resume:
-            loop.resume()
+        parameters, about = trainable(model), _about(config, base, data, packing, device)
+        loop = Loop(step, parameters, data.epochs(packing), training, about, events.emit, held_out.loss)
+        if found is not None:
+            loop.resume(found)
+        checkpoint.check_room(output, training, parameters, loop.saves, export.nbytes(model, data.tokenizer))
         events.emit("start", **_start(config, base, data, loop))
         _say_what_is_left_out(data, say)
-        if not resume:
+        if found is None:
             held_out.answers(0)
         try:
-            outcome = loop.run()
+            outcome = loop.run(requested)
+            if not outcome.stopped:
+                held_out.loss(outcome.progress.step)
+                held_out.answers(outcome.progress.step)
+                if requested():
+                    say("the last evaluation was cut short, as it was asked to stop; the adapter is whole")
+            figures = _figures(loop, output, outcome.stopped) | {"rows_skipped": data.skipped}
+            if planned is not None:
+                figures["planned"] = compared(planned, loop, device, say)
+            facts = export.facts(figures | held_out.figures, data.train.rows.fingerprint, device_name(device))
+            recipe = dump_recipe(_without_secrets(config))
+            export.write(output, model, data.tokenizer, recipe, source.name, source.revision, facts)
         except QLoRAError as error:
-            events.emit("end", **_figures(loop, output, type(error).__name__))
+            with contextlib.suppress(QLoRAError):  # such as a full disk, which the log would meet too
+                events.emit("end", **_figures(loop, output, type(error).__name__))
             raise
-        if not outcome.stopped:  # who asked it to stop does not want to wait for these
-            held_out.loss(outcome.progress.step)
-            held_out.answers(outcome.progress.step)
-        figures = _figures(loop, output, outcome.stopped)
-        if planned is not None:
-            figures["planned"] = compared(planned, loop, device, say)
-        facts = export.facts(figures | held_out.figures, data.train.rows.fingerprint, device_name(device))
-        export.write(output, model, tokenizer, dump_recipe(config), source.name, source.revision, facts)
         events.emit("end", **figures)
     return outcome
 
 
-def generate(adapter: str | Path, prompt: str, *, max_new_tokens: int = 256) -> str:
+def generate(adapter: str | Path, prompt: str, *, max_new_tokens: int = 256, trust_remote_code: bool = False) -> str:
     """The answer of a trained adapter to one prompt, token by token the likeliest.
 
-    adapter  a directory that `train` left, or any PEFT LoRA directory; its base is loaded as its recipe says
+    adapter            a directory that `train` left, or any PEFT LoRA directory; its base is loaded as its recipe says
+    trust_remote_code  run Python code that ships with the base; that an adapter's own recipe says so is not enough
     """
-    config = _recipe_of(Path(adapter))
+    config = _recipe_of(Path(adapter), trust_remote_code)
     source, device = open_source(config.model), pick_device()
     base = load_base(config, source, device)
-    tokenizer = _tokenizer_of(Path(adapter))  # with the template that the adapter was trained with
-    if tokenizer is None:
+    if (Path(adapter) / "tokenizer_config.json").is_file():
+        tokenizer = read_tokenizer(Path(adapter))  # with the template that the adapter was trained with
+    else:
         tokenizer = source.tokenizer(config.model.trust_remote_code)
         chat.set_chat_template(tokenizer, config.data.chat_template)
     if config.method != "full":
@@ -142,8 +177,6 @@ def show_data(config: Config, samples: int = 3) -> None:
 def _refuse_to_mix(output: Path, resume: bool, overwrite: bool) -> None:
     """Two runs in one directory, or a run to resume where there is none, are the user's to sort out."""
     earlier = checkpoint.checkpoints(output)
-    if resume and not earlier:
-        raise CheckpointError(f"{output}: has no checkpoint to resume from; without --resume the run starts there")
     if (earlier or export.is_there(output)) and not resume and not overwrite:
         newest = f" (its newest checkpoint is {earlier[-1].name})" if earlier else ""
         going_on = "--resume goes on with it, " if earlier else ""
@@ -153,17 +186,33 @@ def _refuse_to_mix(output: Path, resume: bool, overwrite: bool) -> None:
         )
 
 
-def _make_room(output: Path, overwrite: bool) -> None:
-    """Make the output directory, without what a killed run left unfinished, or without all of an earlier one."""
+@contextlib.contextmanager
+def _alone_in(output: Path) -> Iterator[None]:
+    """Make the output directory, and keep other runs out of it while the context lasts."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-        leftover = list(output.glob(checkpoint.UNFINISHED))
+        held = Lock(output)
+    except Locked as error:
+        raise TrainingError(
+            f"{output}: a run is going on there: {error.holder}\n"
+            "  wait for it or stop it (Ctrl-C saves a checkpoint); or set another training.output_dir"
+        ) from None
+    except OSError as error:
+        raise TrainingError(f"{output}: training.output_dir cannot be used: {error.strerror}") from error
+    with held:
+        yield
+
+
+def _make_room(output: Path, overwrite: bool) -> None:
+    """Rid the output directory of what a killed run left unfinished, or of all of an earlier one."""
+    try:
+        leftover = list(output.glob(durable.UNFINISHED))
         if overwrite:
             leftover += checkpoint.checkpoints(output)
             (output / "events.jsonl").unlink(missing_ok=True)
             export.remove(output)
         for path in leftover:
-            shutil.rmtree(path)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     except OSError as error:
         raise TrainingError(f"{output}: training.output_dir cannot be used: {error.strerror}") from error
 
@@ -204,20 +253,25 @@ def _check_vocabulary(data: Data, base: Base) -> None:
         )
 
 
-def _identity(config: Config, base: Base, data: Data) -> dict[str, Any]:
-    """What must be the same for a checkpoint to be resumed: all that decides what the next step computes."""
-    chosen = config.model_dump(mode="json")
+def _about(config: Config, base: Base, data: Data, packing: bool, device: torch.device) -> checkpoint.Run:
+    """What must be the same for a checkpoint to be resumed, all that decides what the next step computes; and the rest,
+    which may be another."""
+    settings = config.model_dump(mode="json")
     kept = ("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "optim")
-    return {
+    decided = ("max_seq_length", "packing", "assistant_only_loss")
+    name = settings["model"].pop("model_name_or_path")  # may have moved
+    identity = {
         "method": config.method,
-        "model": chosen["model"] | {"commit": base.source.revision},
-        "quantization": chosen["quantization"] if config.method == "qlora" else None,
-        "lora": chosen["lora"] if config.method != "full" else None,
-        "data": {key: chosen["data"][key] for key in ("max_seq_length", "packing", "assistant_only_loss")},
-        "rows": data.train.rows.fingerprint,
+        "model": settings.pop("model") | {"commit": base.source.revision, "fingerprint": base.source.fingerprint()},
+        "quantization": settings.pop("quantization") if config.method == "qlora" else None,
+        "lora": settings.pop("lora") if config.method != "full" else None,
+        "data": {key: settings["data"].pop(key) for key in decided} | data.fingerprints(packing),
         "chat_template": data.tokenizer.chat_template,
-        "training": {key: chosen["training"][key] for key in kept},
+        "today": data.today,
+        "training": {key: settings["training"].pop(key) for key in kept},
     }
+    machine = {"device": device_name(device), "torch": version("torch"), "bitsandbytes": version("bitsandbytes")}
+    return checkpoint.Run(identity, settings | {"model_name_or_path": name} | machine)
 
 
 def _start(config: Config, base: Base, data: Data, loop: Loop) -> dict[str, Any]:
@@ -238,6 +292,7 @@ def _start(config: Config, base: Base, data: Data, loop: Loop) -> dict[str, Any]
         "device": device_name(loop.device),
         "optimizer": type(loop.optimizer).__name__,
         "rows": len(data.train.rows.conversations),
+        "rows_skipped": data.skipped,
         "tokens_per_epoch": sum(len(example.input_ids) for example in examples),
         "supervised_per_epoch": sum(example.supervised for example in examples),
         "epochs": config.training.num_train_epochs,
@@ -245,6 +300,10 @@ def _start(config: Config, base: Base, data: Data, loop: Loop) -> dict[str, Any]
 
 
 def _say_what_is_left_out(data: Data, say: Callable[[str], None]) -> None:
+    if data.skipped:
+        shown, more = data.problems.lines[:5], data.problems.count - 5
+        listed = "".join(f"\n  {line}" for line in shown) + (f"\n  ... and {more:,} more problems" if more > 0 else "")
+        say(f"{data.skipped} rows are wrong and left out (data.skip_bad_rows):{listed}")
     for side, split in (("training", data.train), ("held-out", data.held_out)):
         if rows := split.tokenized.nothing_to_learn:
             shown = ", ".join(rows[:5]) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
@@ -267,10 +326,20 @@ def _figures(loop: Loop, output: Path, stopped: str | None) -> dict[str, Any]:
     }
 
 
-def _recipe_of(adapter: Path) -> Config:
+def _without_secrets(config: Config) -> Config:
+    return Config.model_validate(redacted(config.model_dump(mode="json")))
+
+
+def _recipe_of(adapter: Path, trust_remote_code: bool) -> Config:
     """The recipe that lies beside an adapter; for one from elsewhere, the defaults on its base."""
-    if (adapter / "recipe.yaml").is_file():
-        config = load_recipe(adapter / "recipe.yaml")
+    recipe = adapter / "recipe.yaml"
+    if recipe.is_file():
+        config = load_recipe(recipe, [f"model.trust_remote_code={str(trust_remote_code).lower()}"])
+        if not trust_remote_code and load_recipe(recipe).model.trust_remote_code:
+            raise AdapterError(
+                f"{recipe}: wants to run Python code that ships with {config.model.model_name_or_path}; it can do"
+                " anything\n  if you trust it: --trust-remote-code"
+            )
         if config.method != "full":
             return config
         return config.model_copy(
@@ -279,18 +348,7 @@ def _recipe_of(adapter: Path) -> Config:
     base, revision = export.base_of(adapter)
     return Config.model_validate(
         {
-            "model": {"model_name_or_path": base, "revision": revision},
+            "model": {"model_name_or_path": base, "revision": revision, "trust_remote_code": trust_remote_code},
             "data": {"datasets": [{"path": "none"}]},
         }
     )
-
-
-def _tokenizer_of(adapter: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    if not (adapter / "tokenizer_config.json").is_file():
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(adapter)
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{adapter}: its tokenizer cannot be read: {error}") from error

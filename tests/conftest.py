@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
@@ -10,6 +11,23 @@ from qlora.model.batch import IGNORE_INDEX, Batch
 
 torch.set_num_threads(1)  # threads cost more than they bring at these sizes
 disable_progress_bar()  # or what a test reads from stderr depends on which test made a model first
+
+
+def pytest_addoption(parser):
+    parser.addoption("--torture", action="store_true", help="tests marked `torture` do all they can, not a sample")
+
+
+def pytest_configure(config):
+    settings.register_profile("torture", max_examples=10_000, deadline=None)
+    if config.getoption("--torture"):
+        settings.load_profile("torture")
+
+
+@pytest.fixture(scope="session")
+def times(pytestconfig):
+    """times(sample, all) -> how often a test that is marked `torture` does its work."""
+    return lambda sample, everything: everything if pytestconfig.getoption("--torture") else sample
+
 
 SMALL = {
     "hidden_size": 64,

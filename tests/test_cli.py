@@ -64,7 +64,9 @@ def test_help_answers_before_anyone_waits():
         seconds.append(time.perf_counter() - started)
     assert ran.stderr.strip() == "[]"
     assert min(seconds) < 0.5
-    assert all(command in ran.stdout for command in ("train", "data", "plan", "doctor", "bench", "generate", "schema"))
+    assert all(
+        command in ran.stdout for command in ("train", "data", "plan", "runs", "doctor", "bench", "generate", "schema")
+    )
 
 
 def test_schema_is_a_json_schema_that_knows_every_section(capsys):
@@ -145,6 +147,88 @@ def test_a_bad_row_is_said_with_its_line(command, mistake, written, tmp_path):
 def test_a_directory_without_an_adapter_is_said(left, mistake, tmp_path):
     directory = tmp_path if left == "no adapter" else tmp_path / "nowhere"
     assert mistake("generate", directory, "Who?").startswith(f"AdapterError: {directory}: no adapter there")
+
+
+# --- secrets
+
+TOKEN = "hf_AbCdEfGhIjKlMnOp0123"  # known by how it looks
+CANARY = "c4nary-in-a-mine"  # known from the environment alone
+
+
+@pytest.fixture
+def secrets(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", CANARY)
+    return TOKEN, CANARY
+
+
+@pytest.mark.parametrize("secret", [TOKEN, CANARY])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hf_token": "{}"},
+        {"model": {"token": "{}"}},
+        {"lora": {"r": "{}"}},
+        {"model": {"model_name_or_path": "https://me:{}@host/model"}},
+        {"model": {"model_name_or_path": "./{}"}},
+        {"model": {"model_name_or_path": "{}/{}/{}"}},
+        {"data": {"datasets": [{"path": "rows.jsonl", "format": "{}"}]}},
+        {"data": {"datasets": [{"path": "https://host/rows.jsonl?signature={}"}]}},
+        {"data": {"datasets": [{"path": "/nowhere/{}/rows.jsonl"}]}},
+        {"training": {"output_dir": "/proc/{}"}},
+    ],
+    ids=str,
+)
+def test_no_mistake_in_a_recipe_prints_its_secret(change, secret, secrets, mistake, written, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    recipe = json.loads(written.read_text())
+    for section, values in json.loads(json.dumps(change).replace("{}", secret)).items():
+        recipe[section] = recipe.get(section, {}) | values if isinstance(values, dict) else values
+    written.write_text(json.dumps(recipe))
+    assert secret not in mistake("train", written)
+
+
+@pytest.mark.parametrize("secret", [TOKEN, CANARY])
+def test_no_mistake_on_the_command_line_prints_its_secret(secret, secrets, mistake, written, capsys):
+    said = mistake("train", written, "--set", f"hub.token={secret}", "--set", secret, "--set", f"lora.r={secret}")
+    assert "--set hub" in said and "--set lora.r" in said and secret not in said
+    assert secret not in mistake("train", f"{secret}.yaml")
+    with pytest.raises(SystemExit):
+        main(["train", str(written), "--token", secret])
+    assert secret not in capsys.readouterr().err
+
+
+def test_an_error_of_ours_keeps_its_traceback_but_no_secret(secrets, monkeypatch, written, capsys):
+    def broken(*_, **__):
+        raise KeyError(f"no {TOKEN}") from ValueError(f"nor {CANARY}")
+
+    monkeypatch.setattr(run, "train", broken)
+    assert main(["train", str(written)]) == 70
+    said = capsys.readouterr().err
+    assert "Traceback" in said and "in broken" in said and "KeyError: 'no ***'" in said and "nor ***" in said
+    assert TOKEN not in said and CANARY not in said
+
+
+def test_no_secret_is_in_anything_that_a_run_prints_or_leaves(secrets, checkpoint, tmp_path, monkeypatch, capfd):
+    """In the paths of its rows and of its output, in a row, and in the environment."""
+    inside = tmp_path / TOKEN / CANARY
+    inside.mkdir(parents=True)
+    held_out = tiny.write_rows(inside / "held_out.jsonl", [(f"my {TOKEN}", f"is {CANARY}")])
+    text = tiny.recipe_text(
+        tiny.chat_model(checkpoint),
+        inside,
+        data={"eval_datasets": [{"path": str(held_out)}], "max_seq_length": 128},
+        training={"max_steps": 2, "save_steps": 1, "predict_with_generate": True, "generation_max_length": 4},
+    )
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert main(["train", str(tmp_path / "recipe.yaml")]) == 0
+    assert main(["runs", str(inside)]) == 0
+    assert main(["runs", str(inside), "--json"]) == 0
+    told = capfd.readouterr()
+    left = [path for path in (inside / "out").rglob("*") if path.is_file()]
+    assert {"events.jsonl", "recipe.yaml", "run.json", "README.md", "state.json"} <= {path.name for path in left}
+    for secret in secrets:
+        assert secret not in told.out + told.err
+        assert [path.name for path in left if secret.encode() in path.read_bytes()] == []
 
 
 # --- planning
@@ -313,6 +397,17 @@ def test_set_overrides_what_the_file_says(written, monkeypatch):
     assert (config.training.learning_rate, config.lora.r) == (1e-5, 3)
     assert config.data == parse_recipe(written.read_text()).data
     assert how == {"resume": False, "overwrite": False}
+
+
+def test_bad_rows_are_skipped_where_that_is_asked_for(written, monkeypatch):
+    seen = []
+    monkeypatch.setattr(run, "train", lambda config, **how: seen.append(config) or run.Outcome(None, (), None))
+    monkeypatch.setattr(run, "show_data", lambda config, samples: seen.append(config))
+    for words in (["train"], ["train", "--skip-bad-rows"], ["data", "--skip-bad-rows", "--set", "lora.r=3"]):
+        assert main([*words, str(written)]) == 0
+    assert main(["train", str(written), "--skip-bad-rows", "--set", "data.skip_bad_rows=false"]) == 0  # the last holds
+    assert [config.data.skip_bad_rows for config in seen] == [False, True, True, False]
+    assert seen[2].lora.r == 3
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,9 @@
 """The house: who may import whom. A file imports from floors below its own, or from its own folder without a circle."""
 
 import ast
+import re
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -8,7 +11,10 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "qlora"
 FLOORS = [
-    {"config", "section", "knobs", "recipe", "yaml12", "complaints", "machine", "errors"},
+    {
+        *("config", "section", "knobs", "recipe", "yaml12", "complaints"),
+        *("machine", "durable", "lock", "redact", "errors"),
+    },
     {"model"},
     {"data", "train", "evaluate", "export", "report", "library"},
     {"plan"},  # it runs the step, with nothing in it
@@ -108,3 +114,179 @@ def test_every_folder_is_in_the_package_that_is_built():
     folders = {".".join(("qlora", *path.relative_to(PACKAGE).parent.parts)) for path in PACKAGE.rglob("*.py")}
     assert set(listed["packages"]) == folders | set(listed["package-dir"])
     assert all((PACKAGE.parent / folder).is_dir() for folder in listed["package-dir"].values())
+
+
+# --- what is installed
+
+PINS = (PACKAGE.parent / "constraints.txt").read_text()
+
+
+def test_every_pin_but_torchs_is_exact_and_has_the_hash_of_each_of_its_files():
+    pins = re.findall(r"^([^#\s].*?)(?: \\)?((?:\n    --hash=sha256:[0-9a-f]{64}(?: \\)?)*)$", PINS, re.MULTILINE)
+    bare = [pin for pin, hashes in pins if not hashes]
+    assert len(pins) > 60 and len(bare) == 1 and bare[0].startswith("torch==")
+    assert all(re.fullmatch(r"[a-z0-9.-]+==[0-9.]+( ; sys_platform == 'win32')?", pin) for pin, _ in pins)
+
+
+def test_every_dependency_is_pinned():
+    wanted = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())
+    named = [*wanted["project"]["dependencies"], *wanted["build-system"]["requires"]]
+    named += [each for extra in wanted["project"]["optional-dependencies"].values() for each in extra]
+    names = {re.match(r"[A-Za-z0-9.-]+", each)[0].lower() for each in named} - {"qlora-trainer"}
+    assert names <= set(re.findall(r"^([a-z0-9.-]+)==", PINS, re.MULTILINE))
+
+
+@pytest.mark.parametrize(
+    ("said", "status", "shown", "returned"),
+    [
+        ("No known vulnerabilities found", 0, "audit: no known vulnerabilities in ", 0),
+        ("Found 1 known vulnerability in 1 package\njinja2 3.1.6 CVE-1", 1, "jinja2 3.1.6 CVE-1", 2),
+        ("rich Dependency not found on the index and could not be audited: rich", 0, "audit skipped for 1 of ", 0),
+        ("Traceback\nConnectionError: no route to host", 1, "audit skipped: ConnectionError: no route to host", 0),
+    ],
+)
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_a_known_vulnerability_fails_the_audit_and_a_service_out_of_reach_is_said(
+    said, status, shown, returned, tmp_path
+):
+    fake = tmp_path / "pip-audit"
+    fake.write_text(f"#!/bin/sh\ncp $2 {tmp_path}/asked\ncat <<'END'\n{said}\nEND\nexit {status}\n")
+    fake.chmod(0o755)
+    command = ["make", "--no-print-directory", "audit", f"AUDIT={tmp_path}/audit", f"PIP_AUDIT={fake}"]
+    ran = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True)
+    assert shown in ran.stdout and ran.returncode == returned
+    asked = (tmp_path / "asked").read_text().split()
+    assert "jinja2==3.1.6" in asked and len(asked) == len(re.findall(r"^[^#\s]", PINS, re.MULTILINE))
+
+
+# --- nothing that runs what it reads
+
+
+PROGRAMS = [*sorted(PACKAGE.rglob("*.py")), *sorted((PACKAGE.parent / "recipes").glob("*.py"))]
+PROGRAMS += sorted((PACKAGE.parent / "benchmarks").glob("*.py"))
+# multiprocessing is not among them. It pickles too, but what goes through its pipes comes from our own processes,
+# which it started itself, and is never on a disk.
+PICKLES = {"pickle", "_pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "jsonpickle"}
+CALLS = {
+    *("eval", "exec", "compile", "__import__", "builtins.eval", "builtins.exec", "builtins.compile"),
+    *("torch.load", "torch.save", "torch.jit.load", "torch.hub.load", "torch.serialization.load"),
+    *("pandas.read_pickle", "runpy.run_path", "runpy.run_module"),
+    *("os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "asyncio.create_subprocess_shell"),
+    *("yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.unsafe_load_all", "yaml.full_load", "yaml.full_load_all"),
+    *("yaml.Loader", "yaml.FullLoader", "yaml.UnsafeLoader", "yaml.CLoader"),  # ours is yaml12.Loader
+    *("tempfile.mktemp", "shutil.unpack_archive", "importlib.import_module"),
+}
+METHODS = {"extractall"}  # of an archive, whose members may have any path
+KEYWORDS = {"shell", "allow_pickle", "trust_remote_code"}  # False, or for the last what the recipe says
+# Who imports a module whose name it has at hand, and where the name comes from.
+IMPORTS_BY_NAME = {
+    "qlora/__init__.py": "a table beside it: what the package offers, on first use",
+    "qlora/bench/meters.py": "written out; a package that need not be there",
+    "qlora/bench/peers.py": "written out; packages that need not be there, in a process of their own",
+}
+
+
+def dangers(source: str) -> list[str]:
+    """What a program could run something with that it reads, as `line: what`."""
+    tree = ast.parse(source)
+    known = {}  # names as they were imported, in full
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            known |= {alias.asname or alias.name.split(".")[0]: alias.name for alias in node.names if alias.asname}
+            known |= {(top := alias.name.split(".")[0]): top for alias in node.names if not alias.asname}
+        elif isinstance(node, ast.ImportFrom):
+            known |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+
+    def full(node: ast.AST) -> str:
+        if isinstance(node, ast.Name):
+            return known.get(node.id, node.id)
+        return f"{full(node.value)}.{node.attr}" if isinstance(node, ast.Attribute) else "?"
+
+    found = []
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Name | ast.Attribute):
+            names = [full(node)]
+            if isinstance(node, ast.Attribute) and node.attr in METHODS:
+                found.append(f"{node.lineno}: .{node.attr}")
+        found += [
+            f"{node.lineno}: {name}"
+            for name in names
+            if name in CALLS or (isinstance(node, ast.Import | ast.ImportFrom) and name.split(".")[0] in PICKLES)
+        ]
+        given = []
+        if isinstance(node, ast.Call):
+            given = [(word.arg, word.value) for word in node.keywords]
+        elif isinstance(node, ast.Dict):
+            given = [
+                (key.value, value)
+                for key, value in zip(node.keys, node.values, strict=True)
+                if isinstance(key, ast.Constant)
+            ]
+        for name, value in given:
+            if name in KEYWORDS:
+                harmless = isinstance(value, ast.Constant) and value.value is False
+                asked_for = name == "trust_remote_code" and not isinstance(value, ast.Constant)
+                if not harmless and not asked_for:
+                    found.append(f"{node.lineno}: {name}={ast.unparse(value)}")
+    return found
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda p: str(p.relative_to(PACKAGE.parent)))
+def test_no_file_from_outside_can_make_us_run_it(path):
+    name = path.relative_to(PACKAGE.parent).as_posix()
+    found = dangers(path.read_text())
+    if name in IMPORTS_BY_NAME:
+        assert found, f"{name} needs no exception"
+        found = [each for each in found if not each.endswith(" importlib.import_module")]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        *(f"import {name}" for name in sorted(PICKLES)),
+        *("from pickle import loads", "import pickle as p", "def f():\n    from dill import load"),
+        *("eval('1')", "exec('1')", "run = eval", "compile('1', '', 'exec')", "__import__('os')"),
+        *(
+            "import torch\ntorch.load(f)",
+            "import torch as t\nt.save(x, f)",
+            "from torch import load",
+            "torch.hub.load(a)",
+        ),
+        *("numpy.load(f, allow_pickle=True)", "np.load(f, allow_pickle=flag)", "read(**{'allow_pickle': True})"),
+        *("import os\nos.system('ls')", "from os import popen as p", "import os as o\no.popen('ls')"),
+        *("subprocess.run('ls', shell=True)", "Popen(x, shell=yes)", "import subprocess as s\ns.getoutput('ls')"),
+        *("yaml.load(text)", "yaml.load(text, Loader=L)", "yaml.unsafe_load(t)", "yaml.full_load(t)", "yaml.Loader(t)"),
+        *("import importlib\nimportlib.import_module(n)", "from importlib import import_module"),
+        *("tempfile.mktemp()", "tarfile.open(f).extractall()", "shutil.unpack_archive(f)"),
+        *("load(x, trust_remote_code=True)", "{'trust_remote_code': True}"),
+    ],
+)
+def test_what_could_is_found(source):
+    assert len(dangers(source)) >= 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        *(
+            "model.eval()",
+            "re.compile('x')",
+            "import torch\ntorch.compile(f)",
+            "import safetensors.torch as s\ns.load(b)",
+        ),
+        *(
+            "json.load(f)",
+            "subprocess.run(['ls'], shell=False)",
+            "load(x, trust_remote_code=section.trust_remote_code)",
+        ),
+        *("load(x, trust_remote_code=False)", "yaml.safe_load(t)", "import multiprocessing", "os.replace(a, b)"),
+    ],
+)
+def test_what_could_not_is_left_alone(source):
+    assert dangers(source) == []

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import signal
 
@@ -14,7 +15,8 @@ from transformers import AutoTokenizer
 import qlora
 from qlora import run
 from qlora.config import Config
-from qlora.errors import CheckpointError, DataError, NonFiniteLossError, TrainingError
+from qlora.errors import AdapterError, CheckpointError, DataError, NonFiniteLossError, TrainingError
+from qlora.lock import Lock
 from qlora.report.events import read_events
 from tests import tiny
 
@@ -131,14 +133,38 @@ def test_a_run_on_another_base_adapter_or_data_is_not_resumed(change, said, half
     assert said in str(raised.value).splitlines()
 
 
-def test_a_run_whose_base_or_rows_were_exchanged_is_not_resumed(halfway, tmp_path):
+def test_a_run_whose_base_rows_or_template_were_exchanged_is_not_resumed(halfway, tmp_path):
+    """Under the same names, as when a model is trained on and saved over itself."""
     other_base = shutil.copytree(halfway.model.model_name_or_path, tmp_path / "other")
+    weights = load_file(other_base / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, other_base / "model.safetensors", {"format": "pt"})
     rows = tiny.write_rows(tmp_path / "rows.jsonl", [*tiny.PAIRS[:-1], ("Who?", "Bob")])
-    other = changed(halfway, model={"model_name_or_path": str(other_base)}, data={"datasets": [{"path": str(rows)}]})
+    template = AutoTokenizer.from_pretrained(other_base).chat_template
+    other = changed(
+        halfway,
+        model={"model_name_or_path": str(other_base)},
+        data={"datasets": [{"path": str(rows)}], "chat_template": "{# other #}" + template},
+    )
     with pytest.raises(CheckpointError) as raised:
         train(other, resume=True)
     keys = [line.split(":")[0].strip() for line in str(raised.value).splitlines()[1:]]
-    assert keys == ["model.model_name_or_path", "rows"]
+    assert (
+        {"chat_template", "data.rows", "data.tokens", "model.fingerprint"}
+        <= {*keys}
+        <= {*("chat_template", "data.rows", "data.tokens", "data.order", "model.fingerprint")}
+    )
+
+
+def test_a_run_whose_base_has_moved_is_resumed_and_that_is_said(halfway, tmp_path):
+    output = shutil.copytree(halfway.training.output_dir, tmp_path / "out")
+    moved = shutil.copytree(halfway.model.model_name_or_path, tmp_path / "other")
+    again = changed(halfway, model={"model_name_or_path": str(moved)}, training={"output_dir": str(output)})
+    outcome, events = train(again, resume=True)
+    assert outcome.stopped is None
+    [said] = [event["text"] for event in of(events, "notice")]
+    assert said.startswith("set otherwise than in checkpoint-2:\n")
+    assert "  model_name_or_path: " in said and "training.output_dir" in said
 
 
 def test_a_run_is_resumed_with_another_learning_rate_and_more_epochs(halfway, tmp_path):
@@ -157,6 +183,8 @@ def test_a_run_is_resumed_with_another_learning_rate_and_more_epochs(halfway, tm
     assert outcome.stopped is None
     assert [event["step"] for event in of(events, "step")] == [3, 4, 5, 6, 7, 8]
     assert {event["learning_rate"] for event in of(events, "step")} == {0.5}
+    [said] = [event["text"] for event in of(events, "notice")]
+    assert "  training.learning_rate: `0.01` there, `0.5` here" in said.splitlines()
 
 
 def test_without_a_checkpoint_there_is_nothing_to_resume_and_nothing_is_made(checkpoint, tmp_path):
@@ -166,14 +194,57 @@ def test_without_a_checkpoint_there_is_nothing_to_resume_and_nothing_is_made(che
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors", "state.json"])
-def test_a_truncated_checkpoint_is_named(file, halfway, tmp_path):
+def test_a_damaged_checkpoint_is_passed_over_with_a_word_and_the_one_before_it_gives_the_same_run(checkpoint, tmp_path):
+    def config(name):
+        (tmp_path / name).mkdir()
+        return tiny.recipe(tiny.chat_model(checkpoint), tmp_path / name, training={"save_steps": 1, "max_steps": 5})
+
+    straight, broken = config("straight"), config("broken")
+    _, expected = train(straight)
+    train(broken, signalling(signal.SIGINT, 3))
+    weights = tmp_path / "broken" / "out" / "checkpoint-3" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-20])
+    _, events = train(broken, resume=True)
+    [said] = [event["text"] for event in of(events, "notice")]
+    assert said.startswith("checkpoint-3: weights.safetensors has ") and said.endswith("; it is passed over")
+    assert of(events, "start")[0]["first_step"] == 2
+    assert [e["loss"] for e in of(events, "step")] == [e["loss"] for e in of(expected, "step")][2:]
+    there, here = (tmp_path / name / "out" / "adapter_model.safetensors" for name in ("straight", "broken"))
+    assert there.read_bytes() == here.read_bytes()
+
+
+def test_a_second_run_in_the_same_directory_is_refused_until_the_first_has_ended(halfway, tmp_path):
     output = shutil.copytree(halfway.training.output_dir, tmp_path / "out")
-    broken = output / "checkpoint-2" / file
-    broken.write_bytes(broken.read_bytes()[:-20])
-    with pytest.raises(CheckpointError, match="checkpoint-2: not a whole checkpoint: ") as raised:
-        train(changed(halfway, training={"output_dir": str(output)}), resume=True)
-    assert str(output) in str(raised.value)
+    again = changed(halfway, training={"output_dir": str(output)})
+    with Lock(output), pytest.raises(TrainingError, match=f"a run is going on there: process {os.getpid()} on .*\n"):
+        train(again, resume=True)
+    assert train(again, resume=True)[0].stopped is None
+
+
+def test_a_signal_during_the_last_evaluation_leaves_the_adapter_without_waiting_for_it(checkpoint, tmp_path):
+    config = tiny.recipe(
+        tiny.chat_model(checkpoint), tmp_path, data={"eval_fraction": 0.2}, training={"predict_with_generate": True}
+    )
+
+    def after_the_loop(event):
+        if event["event"] == "evaluation":
+            signal.raise_signal(signal.SIGTERM)
+
+    outcome, events = train(config, after_the_loop)
+    assert outcome.stopped is None and [event["step"] for event in of(events, "generation")] == [0]
+    assert "cut short" in of(events, "notice")[-1]["text"]
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_what_is_recorded_of_a_run_names_no_secret(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "canary" * 5)
+    secret = tmp_path / ("hf_" + "canary" * 5)
+    secret.mkdir()
+    config = tiny.recipe(tiny.chat_model(checkpoint), secret, training={"output_dir": str(tmp_path / "out")})
+    train(config)
+    written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert {"state.json", "recipe.yaml", "README.md", "run.json", "events.jsonl"} <= {path.name for path in written}
+    assert not [path for path in written if b"canary" in path.read_bytes()]
 
 
 def test_what_a_killed_save_left_is_cleaned_away(halfway, tmp_path):
@@ -182,7 +253,7 @@ def test_what_a_killed_save_left_is_cleaned_away(halfway, tmp_path):
     left.mkdir()
     (left / "weights.safetensors").write_bytes(b"half")
     train(changed(halfway, training={"output_dir": str(output)}), resume=True)
-    assert [path.name for path in output.iterdir() if path.name.startswith(".")] == []
+    assert [path.name for path in output.iterdir() if path.name.startswith(".")] == [".lock"]
 
 
 # --- a directory with an earlier run
@@ -375,3 +446,13 @@ answer = qlora.generate(config.training.output_dir, "Who?", max_new_tokens=4)
     assert left["outcome"].progress.step == 1 and isinstance(left["answer"], str)
     assert "step 1" in capsys.readouterr().out  # the terminal, as nobody asked for another sink
     assert torch.is_grad_enabled()  # a notebook goes on afterwards
+
+
+def test_an_adapter_from_elsewhere_cannot_say_that_its_bases_code_is_to_be_run(checkpoint, tmp_path):
+    config = tiny.recipe(tiny.chat_model(checkpoint), tmp_path, training={"max_steps": 1})
+    train(config)
+    recipe = tmp_path / "out" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("model:\n", "model:\n  trust_remote_code: true\n"))
+    with pytest.raises(AdapterError, match=r"recipe.yaml: wants to run Python code .*\n.*--trust-remote-code"):
+        qlora.generate(tmp_path / "out", "Who?")
+    assert isinstance(qlora.generate(tmp_path / "out", "Who?", max_new_tokens=2, trust_remote_code=True), str)

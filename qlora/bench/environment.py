@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from qlora.machine import GIB
+from qlora.redact import redact
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,7 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 def surroundings() -> dict[str, Any]:
     """Facts of this machine and program. To be asked before the work, so that the load average is not our own."""
     return {
-        "command": shlex.join([*_program(), *sys.argv[1:]]),
+        "command": redact(shlex.join([*_program(), *sys.argv[1:]])),
         **_commit(),
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
         "system": platform.platform(terse=True),

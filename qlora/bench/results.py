@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qlora.errors import DataError
+from qlora.redact import redacted
 
 VERSION = 1
 Status = Literal["ok", "out of memory", "late", "failed", "not installed", "not tried"]
@@ -197,10 +198,11 @@ class Results(Written):
     complete: bool = False
 
     def write(self, path: Path) -> None:
-        """Replace a file by this: whole, or not at all."""
+        """Replace a file by this: whole, or not at all, and without secrets that came with a command or an error."""
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_text(self.model_dump_json(indent=1, exclude_defaults=True) + "\n")
+        told = Results.model_validate(redacted(self.model_dump()))
+        partial.write_text(told.model_dump_json(indent=1, exclude_defaults=True) + "\n")
         partial.replace(path)
 
 

@@ -82,6 +82,7 @@ def _serve(pipe: Connection, setup: Setup, directory: Path) -> None:
     from qlora.bench import meters
     from qlora.bench.methods import batches_of, prepare
     from qlora.machine import GIB, memory_gib
+    from qlora.train.checkpoint import Run
     from qlora.train.loop import Loop
     from qlora.train.optim import settle
 
@@ -112,7 +113,7 @@ def _serve(pipe: Connection, setup: Setup, directory: Path) -> None:
         if order.work != work:
             work, number, steps = order.work, 0, []  # dropped before there are others
             _put_back(ready.parameters, first)
-            loop = Loop(ready.step, ready.parameters, lambda _: [], ready.config.training, {}, lambda *_, **__: None)
+            loop = Loop(ready.step, ready.parameters, lambda _: [], ready.config.training, Run(), lambda *_, **__: None)
             settle(loop.optimizer, ready.parameters.values())  # or the first step would hold less than the others
             steps = batches_of(setup, work, ready.vocab, ready.source, STEPS)
             if on_gpu:

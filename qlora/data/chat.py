@@ -20,13 +20,14 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from datetime import date, datetime, time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from jinja2 import TemplateError
 
 from qlora.data.formats import Conversation
+from qlora.data.limits import CHARACTERS, LimitReached, Limits, refuse_powers
 from qlora.data.problems import Problems
 from qlora.errors import DataError
 from qlora.model.batch import IGNORE_INDEX
@@ -39,7 +40,12 @@ Span = tuple[int, int]  # characters [start, end) of a rendered text
 
 # Stands for a turn's content. Plain ASCII, so that no template trims or escapes it.
 _PLACEHOLDER = "qlora-placeholder-7f3a"
-_CHUNK = 1000  # rows handed to the tokenizer at once: enough for its threads, little memory for the offsets
+# Handed to the tokenizer at once: enough for its threads, little memory for the offsets.
+_CHUNK = 1000  # rows
+_CHUNK_CHARACTERS = 16 << 20
+
+# The formats that templates ask for are written out in them: "%d %b %Y".
+_NOW = re.compile(r"""\bstrftime_now\(\s*(["'])([^"'\\]*)\1\s*\)""")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +77,15 @@ class Tokenized:
     nothing_to_learn  rows left out because no supervised token is left, mostly by truncation
     rewritten         rows in which an earlier assistant turn is rendered otherwise than it was when it was the last one
                       (Qwen3 takes its thoughts away); it is learned as it stands in the whole conversation
+    refused           rows that the chat template can't render
+    dated             whether the template writes today's date
     """
 
     examples: list[Example] = field(default_factory=list)
     nothing_to_learn: list[str] = field(default_factory=list)
     rewritten: list[str] = field(default_factory=list)
+    refused: list[Conversation] = field(default_factory=list)
+    dated: bool = False
 
 
 def tokenize(
@@ -84,6 +94,8 @@ def tokenize(
     *,
     max_seq_length: int,
     assistant_only_loss: bool = True,
+    problems: Problems | None = None,
+    today: date | None = None,
 ) -> Tokenized:
     """Token ids and labels of every conversation, in order.
 
@@ -94,20 +106,23 @@ def tokenize(
     At most `max_seq_length` tokens: a longer conversation keeps its front, and a longer text becomes several examples
     of about equal length, each with the BOS, so that nothing of it is lost.
 
-    Raises DataError, once for all rows that the template can't render; or where there is no template, no EOS, or no
-    fast tokenizer (the offsets of tokens in the text are known to no other).
+    problems  what is wrong already; gains the rows that the template can't render, for the caller to check. Where it
+              refuses the data anyway, the other rows are rendered to find what is wrong with them, and not tokenized
+    today     the date for templates that write one; None is the day of the call
+
+    Raises DataError, once for all rows that the template can't render, where no `problems` are given; or where there is
+    no template, no EOS, or no fast tokenizer (the offsets of tokens in the text are known to no other); and as soon as
+    the template takes more time or memory than any needs.
     """
-    encoder = _Encoder(tokenizer)
-    result, problems = Tokenized(), Problems()
+    encoder = _Encoder(tokenizer, today)
+    caller_checks = problems is not None
+    problems = Problems() if problems is None else problems
+    result = Tokenized(dated=encoder.dated)
     done: dict[int, list[Example]] = {}  # by identity: a row that is repeated by its weight is tokenized once
     conversations = list(conversations)
-    for chunk in _chunks({id(row): row for row in conversations}.values()):
-        rendered: list[tuple[Conversation, _Rendered]] = []
-        for row in chunk:
-            try:
-                rendered.append((row, encoder.render(row)))
-            except _TemplateFails as error:
-                problems.add(row.where, str(error))
+    for rendered in _rendered_chunks(encoder, {id(row): row for row in conversations}.values(), problems, result):
+        if problems.refused:
+            continue
         encoded = encoder.encode([text.text for _, text in rendered])
         for (row, text), (ids, offsets) in zip(rendered, encoded, strict=True):
             spans = text.spans if assistant_only_loss else [(0, len(text.text))]
@@ -117,25 +132,29 @@ def tokenize(
                 result.rewritten.append(row.where)
             if not examples:
                 result.nothing_to_learn.append(row.where)
-    problems.check("in rendering rows with the chat template (`data.chat_template` sets another one)")
-    result.examples.extend(example for row in conversations for example in done[id(row)])
+    if not caller_checks:
+        problems.check(left=len(result.refused) < len(conversations))
+    result.examples.extend(example for row in conversations for example in done.get(id(row), ()))
     return result
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, format: str = "messages") -> list[int]:
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, *, format: str = "messages", today: date | None = None
+) -> list[int]:
     """Token ids of a prompt, up to where the assistant's answer begins: the very ids that training saw there.
 
     messages  turns up to the one to be answered
     format    of the rows that the model was trained on; it matters where there is no chat template. Then there is one
               turn, the prompt
+    today     as for `tokenize`
 
     Raises DataError if the template refuses the messages, or there is none and they are more than a prompt.
     """
-    encoder = _Encoder(tokenizer)
+    encoder = _Encoder(tokenizer, today)
     try:
         text = encoder.prompt(list(messages), format)
-    except _TemplateFails as error:
-        raise DataError(f"the prompt can't be rendered: {error}") from error
+    except (_TemplateFails, LimitReached) as error:
+        raise DataError(f"the chat template can't render the prompt: {error}") from error
     [(ids, _)] = encoder.encode([text])
     return [*encoder.bos_ids, *encoder.without_bos(ids)]
 
@@ -153,8 +172,11 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | N
         return
     if "{" not in chat_template:
         try:
-            chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            path = Path(chat_template).expanduser()
+            if path.exists() and not path.is_file():
+                raise OSError(f"{chat_template} is not a file")
+            chat_template = path.read_text(encoding="utf-8")
+        except (OSError, ValueError, RuntimeError) as error:  # not UTF-8, a NUL in the name, a ~user that is not there
             raise DataError(f"data.chat_template: neither Jinja text nor a readable file: {error}") from error
     tokenizer.chat_template = chat_template
 
@@ -176,7 +198,7 @@ class _Rendered:
 class _Encoder:
     """A tokenizer with what its template and its special tokens were found to do."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, today: date | None = None) -> None:
         if not tokenizer.is_fast:
             raise DataError(
                 f"{type(tokenizer).__name__} can't tell which token comes from where in the text; the model needs a "
@@ -186,12 +208,15 @@ class _Encoder:
         self.eos_ids = [] if tokenizer.eos_token_id is None else [cast(int, tokenizer.eos_token_id)]
         bos = cast("int | None", tokenizer.bos_token_id)
         bare, dressed = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
-        adds_bos = bos is not None and cast("list[int]", dressed)[0] == bos != cast("list[int]", bare)[0]
+        # Slices, as a tokenizer may have no token for "a".
+        adds_bos = bos is not None and cast("list[int]", dressed)[:1] == [bos] != cast("list[int]", bare)[:1]
         self.bos_ids = [bos] if adds_bos and bos is not None else []
         names = [str(token) for token in tokenizer.added_tokens_decoder.values() if str(token).strip()]
         # Longest first; (?!) matches nothing, for a tokenizer without special tokens.
         self.special = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
-        self.closing, self.closing_id = self._closing() if tokenizer.chat_template else ("", None)
+        self.limits = Limits()
+        self.template, self.dated = self._chosen_template(today or date.today())
+        self.closing, self.closing_id = self._closing() if self.template else ("", None)
 
     def encode(self, texts: list[str]) -> Iterator[tuple[list[int], list[Span]]]:
         """ids and character offsets of each text, without the special tokens that the tokenizer would add."""
@@ -211,6 +236,8 @@ class _Encoder:
         return ids[1:] if self.bos_ids and ids[:1] == self.bos_ids else ids
 
     def render(self, row: Conversation) -> _Rendered:
+        if (row.format == "text" or self.closing_id is None) and not self.eos_ids:
+            raise DataError(f"{row.where}: the tokenizer has no EOS token, so a model can't learn where to stop")
         if row.format == "text":
             return _Rendered(row.text, [(0, len(row.text))], add_eos=True)
         if self.closing_id is None:
@@ -235,11 +262,8 @@ class _Encoder:
         self, row: Conversation, rendered: _Rendered, ids: list[int], labels: list[int], max_seq_length: int
     ) -> list[Example]:
         """Add BOS and EOS and cut to length; nothing where nothing can be learned."""
-        if rendered.add_eos:
-            if not self.eos_ids:
-                raise DataError(f"{row.where}: the tokenizer has no EOS token, so a model can't learn where to stop")
-            if ids[-1:] != self.eos_ids:
-                ids, labels = [*ids, *self.eos_ids], [*labels, *self.eos_ids]
+        if rendered.add_eos and ids[-1:] != self.eos_ids:
+            ids, labels = [*ids, *self.eos_ids], [*labels, *self.eos_ids]
         body = self.without_bos(ids)
         body_labels = labels[len(ids) - len(body) :]
         room = max_seq_length - len(self.bos_ids)
@@ -259,21 +283,53 @@ class _Encoder:
         return [example for example in found if example.supervised]
 
     def _template(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        def render() -> Any:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
             )
-        except (TemplateError, TypeError) as error:
-            raise _TemplateFails(f"the chat template refuses the turns: {error}") from error
-        return cast(str, text)
+
+        try:
+            with self.limits:
+                text = cast(str, self.limits.call(render))
+            text.encode()
+        except LimitReached:
+            raise
+        # A template is a program: it may divide by zero, index what is not there or write half a surrogate pair.
+        except Exception as error:
+            raise _TemplateFails(f"the chat template refuses the turns: {_reason(error)}") from error
+        if len(text) > CHARACTERS:
+            raise _TemplateFails(f"the chat template makes {len(text):,} characters of it, which no model needs")
+        return text
+
+    def _chosen_template(self, today: date) -> tuple[str | None, bool]:
+        """The template, and whether it writes the date, which then is `today` in it.
+
+        The date stands in its text, as transformers lets no function of ours in. A template that makes up the format of
+        its date stays as it is.
+        """
+        if not self.tokenizer.chat_template:
+            return None, False
+        try:
+            template = self.tokenizer.get_chat_template()
+            refuse_powers(template)
+        except ValueError as error:  # several templates and none is the default
+            raise DataError(f"data.chat_template: {error}") from error
+        except LimitReached as error:
+            raise DataError(f"the chat template is at fault: {error}") from error
+        midnight = datetime.combine(today, time())
+        template, found = _NOW.subn(lambda match: repr(midnight.strftime(match[2])), template)
+        return template, bool(found)
 
     def _closing(self) -> tuple[str, int]:
         """What the template writes after an assistant turn, up to and with the first token that can't be content."""
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PLACEHOLDER}]
         try:
             _, found, tail = self._template(turns).partition(_PLACEHOLDER)
-        except _TemplateFails as error:
-            raise DataError(f"a question and an answer can't be rendered: {error}") from error
+        except (_TemplateFails, LimitReached) as error:
+            raise DataError(f"the chat template can't render a question and an answer: {error}") from error
         if not found:
             raise DataError("the chat template leaves out what the assistant says; set another `data.chat_template`")
         token = self.special.search(tail)
@@ -342,7 +398,33 @@ def _labels(ids: list[int], offsets: list[Span], spans: list[Span]) -> list[int]
     return labels
 
 
-def _chunks(rows: Iterable[Conversation]) -> Iterator[list[Conversation]]:
-    iterator = iter(rows)
-    while chunk := list(islice(iterator, _CHUNK)):
+def _rendered_chunks(
+    encoder: _Encoder, rows: Iterable[Conversation], problems: Problems, result: Tokenized
+) -> Iterator[list[tuple[Conversation, _Rendered]]]:
+    """The rows as texts, as many at once as are to be tokenized at once; those that can't be rendered are noted."""
+    waiting = iter(rows)
+    more = True
+    while more:
+        chunk: list[tuple[Conversation, _Rendered]] = []
+        characters, more = 0, False
+        with encoder.limits:
+            for row in waiting:
+                more = True
+                try:
+                    chunk.append((row, text := encoder.render(row)))
+                    characters += len(text.text)
+                except _TemplateFails as error:
+                    problems.add(row.where, str(error), advice="`data.chat_template` sets another chat template")
+                    result.refused.append(row)
+                except LimitReached as error:  # every row would take as long
+                    raise DataError(f"{row.where}: the chat template is at fault: {error}") from error
+                if len(chunk) >= _CHUNK or characters >= _CHUNK_CHARACTERS:
+                    break
         yield chunk
+
+
+def _reason(error: Exception) -> str:
+    """What a template's error says: its own words where it was raised on purpose, else also what kind it is."""
+    kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
+    text = " ".join(str(error).split())
+    return kind + (text if len(text) <= 300 else text[:297] + "...")

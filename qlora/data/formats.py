@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from reprlib import Repr
 from typing import Any
 
 from qlora.data.files import Row
 from qlora.data.problems import Problems
-from qlora.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
@@ -31,6 +31,9 @@ SHAREGPT_ROLES = {
 # Strings beside the content that chat templates read; whatever else a turn carries is reported as unused.
 TURN_FIELDS = ("name", "tool_call_id", "reasoning_content")
 TURN_LISTS = ("messages", "conversations")
+
+_BRIEF = Repr()
+_BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 3, 60, 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,18 +70,18 @@ def detect(row: Any) -> str | None:
     return "text" if "text" in present else None
 
 
-def recognise(rows: Sequence[Row]) -> str:
-    """The format of the first row that has a known one; "" where there are no rows.
-
-    Raises DataError where no row has one.
-    """
+def recognise(rows: Sequence[Row], problems: Problems) -> str:
+    """The format of the first row that has a known one; "" after telling `problems` where no row has one."""
     layout = next(filter(None, (detect(row) for _, row in rows)), "")
     if rows and not layout:
         where, row = rows[0]
-        has = f"the fields {', '.join(map(repr, row))}" if isinstance(row, dict) and row else _got(row)
-        raise DataError(
-            f"{where}: no known format: the row has {has}\n"
-            "  a row has `messages`, `conversations`, `instruction` and `output`, `prompt` and `completion`, or `text`"
+        has = f"the fields {_names(row)}" if isinstance(row, dict) and row else _got(row)
+        problems.add(
+            where,
+            f"no known format: the row has {has}",
+            rest_unread=True,
+            advice="a row has `messages`, `conversations`, `instruction` and `output`, `prompt` and `completion`, or "
+            "`text`",
         )
     return layout
 
@@ -103,6 +106,8 @@ class _Check:
             value.encode()
         except UnicodeEncodeError as error:  # "\ud83d" alone is legal JSON, and tokenizers panic on it
             self.fail(field, "Unicode text", f"half a surrogate pair at character {error.start}")
+        if "\0" in value:  # what is left of a binary file or a fixed-width field; no model has seen it as text
+            self.fail(field, "text", f"NUL (U+0000) at character {value.index(chr(0))}")
         return value
 
     def content(self, value: Any, field: str) -> str:
@@ -146,6 +151,12 @@ def conversation(where: str, row: Any, layout: str, problems: Problems, unused: 
         text = check.text(row.get("text"), "text")
     unused.update(dict.fromkeys(str(key) for key, value in row.items() if key not in used and value is not None))
     return Conversation(messages=messages, text=text, where=where, format=layout) if check.good else None
+
+
+def _names(row: dict[Any, Any]) -> str:
+    """A row's fields for an error line."""
+    more = f" and {len(row) - 10} more" if len(row) > 10 else ""
+    return ", ".join(_got(str(name)) for name in list(row)[:10]) + more
 
 
 def _pair(prompt: str, completion: str) -> list[dict[str, str]]:
@@ -201,7 +212,10 @@ def _got(value: Any) -> str:
     )
     if value is None:
         return "nothing"
-    shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+    # A bounded repr: that of a row may be as long as the row, too deep for Python's stack, or an integer that it won't
+    # write out.
+    shown = repr(value[:60]) if isinstance(value, str) else _BRIEF.repr(value)
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."
     if isinstance(value, str):
         return shown
     return next((f"{name}, {shown}" for kind, name in kinds if isinstance(value, kind)), shown)

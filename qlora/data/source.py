@@ -11,14 +11,16 @@ import hashlib
 import json
 import random
 import unicodedata
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 from qlora.config import DataConfig, DatasetConfig
 from qlora.data import files, formats
 from qlora.data.formats import Conversation
 from qlora.data.problems import Problems
 from qlora.errors import DataError
+
+_MOST_ROWS = 100_000_000  # an epoch's order is drawn in memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,25 +61,35 @@ class Rows:
 def read(specs: Sequence[DatasetConfig], *, seed: int = 0) -> Rows:
     """All rows of `specs`, each dataset repeated or sampled by its weight (the same sample for the same seed).
 
-    Raises DataError for a missing file, an unknown format, and once for all bad rows.
+    Raises DataError for a missing file, and once for all that is wrong in files and rows.
     """
     return read_splits(DataConfig(datasets=list(specs)), seed=seed)[0]
 
 
-def read_splits(data: DataConfig, *, seed: int = 0) -> tuple[Rows, Rows]:
+def read_splits(data: DataConfig, *, seed: int = 0, problems: Problems | None = None) -> tuple[Rows, Rows]:
     """Training rows and held-out rows.
 
     Held out are all rows of `eval_datasets`, or `eval_fraction` of the training rows, chosen by the seed and each row's
     text: rows of equal text fall on the same side, and a row stays on its side when the file is put in another order.
 
-    Raises DataError for a missing file, an unknown format, and once for all bad rows.
+    What is wrong goes to `problems`, for the caller to check; where there are none given, it is raised here, at once.
+    With data.skip_bad_rows, rows that are wrong are left out.
+
+    Raises DataError for a missing file, and where there is nothing to train on or to hold out.
     """
-    problems = Problems()
+    caller_checks = problems is not None
+    problems = Problems(data.skip_bad_rows) if problems is None else problems
     loaded = [_load(spec, problems) for spec in data.datasets]
     loaded_eval = [_load(spec, problems) for spec in data.eval_datasets]
-    problems.check("in the data")
+    left = any(each.conversations for each in loaded)
+    if not left or not caller_checks:
+        problems.check(left=left)
 
-    held = _held_out([row for each in loaded for row in each.conversations], data.eval_fraction, seed)
+    try:
+        held = _held_out([row for each in loaded for row in each.conversations], data.eval_fraction, seed)
+    except DataError:
+        problems.check(left=left)  # they may be why
+        raise
     train, held_out = Rows(), Rows()
     for number, each in enumerate(loaded):
         kept = [row for row in each.conversations if id(row) not in held]
@@ -87,8 +99,21 @@ def read_splits(data: DataConfig, *, seed: int = 0) -> tuple[Rows, Rows]:
     for each in loaded_eval:
         _append(held_out, each, each.conversations)
     if not train.conversations:
+        problems.check(left=True)
         raise DataError("no rows to train on: every dataset's `weight` leaves none")
     return train, held_out
+
+
+def without(rows: Rows, refused: Iterable[Conversation]) -> Rows:
+    """The rows less those that turned out wrong after they were read, counted anew."""
+    out, kept = {id(row) for row in refused}, Rows()
+    start = 0
+    for info in rows.datasets:
+        used = [row for row in rows.conversations[start : start + info.used] if id(row) not in out]
+        start += info.used
+        kept.conversations.extend(used)
+        kept.datasets.append(replace(info, used=len(used)))
+    return kept
 
 
 def text_fingerprint(conversation: Conversation) -> str:
@@ -113,10 +138,12 @@ def _load(spec: DatasetConfig, problems: Problems) -> _Loaded:
     rows = list(files.read_rows(spec, problems))
     if not rows and problems.count == before:
         raise DataError(f"{spec.path}: no rows")
-    layout = formats.recognise(rows) if spec.format == "auto" else spec.format
+    layout = formats.recognise(rows, problems) if spec.format == "auto" else spec.format
     unused: dict[str, None] = {}
     read = (formats.conversation(where, row, layout, problems, unused) for where, row in rows)
-    conversations = [conversation for conversation in read if conversation is not None]
+    conversations = [conversation for conversation in read if conversation is not None] if layout else []
+    if spec.weight * len(conversations) > _MOST_ROWS:
+        raise DataError(f"{spec.path}: weight {spec.weight:g} makes more than {_MOST_ROWS:,} rows of it")
     return _Loaded(spec, layout, tuple(unused), conversations)
 
 

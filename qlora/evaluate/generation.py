@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 
 @torch.no_grad()
@@ -19,17 +20,28 @@ def answer(
     end_ids: Sequence[int],
     max_new_tokens: int,
     batch_size: int,
+    requested: Callable[[], bool] = lambda: False,
 ) -> list[str]:
-    """The most likely answer to each prompt, token by token, until an end token or max_new_tokens."""
+    """The most likely answer to each prompt, token by token, until an end token or max_new_tokens.
+
+    requested  whether it was asked to stop; the answers are then cut off where they are
+    """
     pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_ids[0]
     how = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=list(end_ids), pad_token_id=pad, use_cache=True
     )
     generate: Any = model.generate
+
+    def asked(ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return torch.full((ids.shape[0],), requested(), device=ids.device)
+
+    stop = StoppingCriteriaList([cast(StoppingCriteria, asked)])
     answers = [""] * len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # least padding
     with _answering(model):
         for first in range(0, len(by_length), batch_size):
+            if requested():
+                break
             members = by_length[first : first + batch_size]
             longest = max(len(prompts[i]) for i in members)
             ids = torch.full((len(members), longest), pad, device=device)
@@ -37,7 +49,7 @@ def answer(
             for row, i in enumerate(members):  # answers begin where prompts end, so padding goes to the left
                 ids[row, longest - len(prompts[i]) :] = torch.tensor(prompts[i], device=device)
                 mask[row, longest - len(prompts[i]) :] = 1
-            out = generate(input_ids=ids, attention_mask=mask, generation_config=how)
+            out = generate(input_ids=ids, attention_mask=mask, generation_config=how, stopping_criteria=stop)
             for row, i in enumerate(members):
                 tokens = out[row, longest:].tolist()
                 ended = next((at for at, token in enumerate(tokens) if token in end_ids), len(tokens))

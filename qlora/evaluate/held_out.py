@@ -48,16 +48,18 @@ class HeldOut:
         end_ids: Sequence[int],
         training: TrainingConfig,
         emit: Callable[..., Any],
+        requested: Callable[[], bool] = lambda: False,
     ) -> None:
         """
         batches    held-out rows for the loss; may be empty
         questions  the same rows as prompts; empty where the recipe does not ask for answers
         end_ids    tokens that end an answer
         emit       emit(kind, **fields) reports an event
+        requested  whether it was asked to stop: what is half-done is then left, without a figure
         """
         self.model, self.tokenizer, self.step = model, tokenizer, step
         self.batches, self.questions, self.end_ids = batches, questions, end_ids
-        self.training, self.emit = training, emit
+        self.training, self.emit, self.requested = training, emit, requested
         self.figures: dict[str, float] = {}
 
     def loss(self, at_step: int) -> None:
@@ -68,11 +70,15 @@ class HeldOut:
         was_training = self.model.training
         self.model.eval()
         for first in range(0, len(self.batches), GROUP):
+            if self.requested():
+                break
             taken = [self.batches[i].to(self.step.device) for i in range(first, len(self.batches))[:GROUP]]
             scored = self.step.evaluate(taken)
             total += scored.loss * scored.supervised
             tokens += scored.supervised
         self.model.train(was_training)
+        if self.requested():
+            return
         self.figures["eval_loss"] = total / max(tokens, 1)
         seconds = time.perf_counter() - started
         self.emit("evaluation", step=at_step, eval_loss=total / max(tokens, 1), eval_tokens=tokens, seconds=seconds)
@@ -92,7 +98,10 @@ class HeldOut:
                 self.end_ids,
                 self.training.generation_max_length,
                 self.training.per_device_eval_batch_size,
+                self.requested,
             )
+        if self.requested():
+            return
         pairs = list(zip(self.questions, got, strict=True))
         correct = sum(exact(question.expected, text) for question, text in pairs)
         self.figures["exact_match_before" if at_step == 0 else "exact_match"] = correct / len(pairs)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,13 @@ import yaml
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qlora import durable
 from qlora.errors import AdapterError
+from qlora.redact import redact, redacted
 
 RUN_FILE = "run.json"  # the run's facts, for programs
 # All that `write` writes. A later run under another method would not overwrite each of them.
+_ADVICE = "the last checkpoint is whole: with more room there --resume writes it again, without training"
 FILES = ("adapter_*", "model*.safetensors*", "*config.json", "tokenizer*", "chat_template*", "recipe.yaml", "README.md")
 
 
@@ -35,19 +41,49 @@ def write(
     base      the base model, as the recipe names it
     revision  its commit, where it came from a hub
     facts     measured figures, versions and fingerprints, JSON-able
+
+    All of it is there at its end, and `run.json`, which has every file's SHA-256, last. Raises MachineError where it
+    cannot be written.
     """
     is_adapter = isinstance(model, PeftModel)
+    base, facts = redact(base), redacted(facts)
     if is_adapter:
         for config in model.peft_config.values():
             config.base_model_name_or_path, config.revision = base, revision
-    directory.mkdir(parents=True, exist_ok=True)
     how: dict[str, Any] = {"save_embedding_layers": False} if is_adapter else {}  # a base's are the base's
-    model.save_pretrained(str(directory), **how)
-    tokenizer.save_pretrained(directory)
-    (directory / "recipe.yaml").write_text(recipe, encoding="utf-8")
-    (directory / RUN_FILE).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     written = card(directory.resolve().name, recipe, base, revision, facts, is_adapter)
-    (directory / "README.md").write_text(written, encoding="utf-8")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with durable.new_files(directory, RUN_FILE) as draft, _full_disk_as_os_error():
+            model.save_pretrained(str(draft.path), **how)
+            tokenizer.save_pretrained(draft.path)
+            draft.write("recipe.yaml", recipe.encode())
+            (draft.path / "README.md").unlink(missing_ok=True)  # PEFT's, an empty form
+            draft.write("README.md", written.encode())
+            files = {name: record.model_dump() for name, record in draft.adopt().items()}
+            run = json.dumps({**facts, "files": files}, indent=1, ensure_ascii=False) + "\n"
+            draft.write(RUN_FILE, run.encode("utf-8", "backslashreplace"))
+    except OSError as error:
+        raise durable.disk_error(directory, error, nbytes(model, tokenizer), _ADVICE) from error
+
+
+def nbytes(model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """About how many bytes `write` writes: exact for the weights, roomy for what lies beside them."""
+    weights = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    return weights + 256 * len(tokenizer) + (1 << 20)
+
+
+@contextmanager
+def _full_disk_as_os_error() -> Iterator[None]:
+    """safetensors and tokenizers write in Rust, with errors of their own for a full disk; they tell its number."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+        raise
 
 
 def is_there(directory: Path) -> bool:

@@ -8,17 +8,22 @@ do (DoRA, merged or several adapters, mixed batches) runs in PEFT's own forward 
 
 from __future__ import annotations
 
+import dataclasses
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
 from qlora.config import LoraSection
 from qlora.errors import AdapterError
 from qlora.model.nf4 import four_bit_weight, thawed
+from qlora.model.untrusted import foreign, inspect, read_json, refuse_pickle
 
 
 class FrozenLora(torch.autograd.Function):
@@ -136,18 +141,58 @@ def attach(model: PreTrainedModel, section: LoraSection, seed: int) -> PeftModel
 
 
 def load_adapter(model: PreTrainedModel, path: str, trainable: bool = False) -> PeftModel:
-    """Put the adapter in the directory `path`, PEFT's format, on its base.
+    """Put the adapter in the directory `path`, PEFT's format, on its base. Its weights are safetensors.
 
-    Raises AdapterError where there is none, or where it does not fit.
+    Raises AdapterError where there is none, where it does not fit, or where it asks for more than LoRA.
     """
-    try:
-        config = LoraConfig.from_pretrained(path)
-        if not isinstance(config, LoraConfig):
-            raise AdapterError(f"{path}: is {type(config).__name__}, only LoRA is supported")
-        _ours(config)
+    config = _ours(_read_config(Path(path)))
+    with foreign(f"{path}: not a LoRA adapter for this base", AdapterError):
         return PeftModel.from_pretrained(model, path, config=config, is_trainable=trainable)
-    except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
-        raise AdapterError(f"{path}: not a LoRA adapter for this base: {error}") from error
+
+
+# What of an adapter_config.json is PEFT's own bookkeeping or harmless, beside what a recipe can ask for.
+_BOOKKEEPING = {
+    *("base_model_name_or_path", "revision", "task_type", "peft_type", "peft_version", "inference_mode"),
+    *("fan_in_fan_out", "lora_bias", "trainable_token_indices", "ensure_weight_tying"),
+}
+_STARTS = "gaussian|mica|olora|orthogonal|pissa|pissa_niter_[0-9]{1,3}"
+_UNUSED = {"auto_mapping", "runtime_config"}  # for PEFT's way to find a base; ours is found by the recipe
+
+
+def _read_config(directory: Path) -> LoraConfig:
+    """An adapter's configuration, when nothing in it imports, downloads or allocates beyond what its weights hold."""
+    path, weights = directory / "adapter_config.json", directory / "adapter_model.safetensors"
+    if not path.is_file():
+        raise AdapterError(f"{directory}: not a LoRA adapter: it has no {path.name}")
+    inspect(directory, (path.name,), AdapterError)
+    if not weights.is_file():  # PEFT would go on to a pickle, and then ask the hub
+        for pickle in directory.glob("adapter_model.*"):
+            refuse_pickle(pickle, AdapterError)
+        raise AdapterError(f"{directory}: not a LoRA adapter: it has no {weights.name}")
+    facts = read_json(path, AdapterError)
+    if (kind := facts.get("peft_type")) != "LORA":
+        raise AdapterError(f"{directory}: is {kind}, only LoRA is supported")
+    ordinary = {field.name: field.default for field in dataclasses.fields(LoraConfig)}
+    taken = {}
+    for key, value in facts.items():
+        if key in LoraSection.model_fields or key in _BOOKKEEPING:
+            taken[key] = value
+        elif value and key not in _UNUSED and value != ordinary.get(key):
+            raise AdapterError(f"{path}: `{key}` is more than LoRA as it is done here; refused: {str(value)[:80]}")
+    start = taken.get("init_lora_weights", True)
+    if not isinstance(start, bool) and not re.fullmatch(_STARTS, str(start)):
+        raise AdapterError(f"{path}: `init_lora_weights` is {start!r}, which is not supported")
+    with foreign(f"{weights}: truncated or not a safetensors file", AdapterError), safe_open(weights, "pt") as f:
+        shapes = {name: f.get_slice(name).get_shape() for name in f.keys()}  # noqa: SIM118 - no dict
+    most = max(
+        (shape[0] for name, shape in shapes.items() if re.search("lora_(embedding_)?A", name) and shape), default=0
+    )
+    pattern = taken.get("rank_pattern") or {}
+    for rank in (taken.get("r", ordinary["r"]), *(pattern.values() if isinstance(pattern, dict) else [None])):
+        if type(rank) is not int or not 1 <= rank <= most:  # PEFT makes room for it before it looks at the weights
+            raise AdapterError(f"{path}: a rank of {rank!r}, but no weight in {weights.name} has more than {most}")
+    with foreign(f"{path}: not a LoRA adapter", AdapterError):
+        return LoraConfig(**taken)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -93,6 +93,42 @@ def regroup(batches: Sequence[Batch], most_tokens: int) -> list[Batch]:
             continue
         groups.append([piece])
     return [group[0] if len(group) == 1 else _concatenated(group) for group in groups]
+
+
+def halved(batches: Sequence[Batch]) -> list[Batch]:
+    """Each micro-batch in two: by its rows, or one row at the border of two documents. A single document stays."""
+    return [half for batch in batches for half in _halves(batch)]
+
+
+def divisible(batches: Sequence[Batch]) -> bool:
+    """Whether `halved` would change anything."""
+    return any(sum(map(len, batch.documents)) > 1 for batch in batches)
+
+
+def _halves(batch: Batch) -> list[Batch]:
+    rows = batch.input_ids.shape[0]
+    if rows > 1:
+        return [_of_rows(batch, 0, rows // 2), _of_rows(batch, rows // 2, rows)]
+    lengths = batch.documents[0]
+    if len(lengths) < 2:
+        return [batch]
+    borders = list(accumulate(lengths))[:-1]
+    at = min(range(len(borders)), key=lambda i: abs(2 * borders[i] - sum(lengths)))
+    return [_of_documents(batch, 0, at + 1), _of_documents(batch, at + 1, len(lengths))]
+
+
+def _of_documents(batch: Batch, start: int, end: int) -> Batch:
+    """Some documents of a packed row."""
+    lengths = batch.documents[0]
+    where = slice(sum(lengths[:start]), sum(lengths[:end]))
+    return Batch(
+        batch.input_ids[:, where],
+        batch.position_ids[:, where],
+        batch.labels[:, where],
+        None,
+        batch.rows[start:end],
+        (lengths[start:end],),
+    )
 
 
 def _pieces(batch: Batch, most_tokens: int) -> list[Batch]:

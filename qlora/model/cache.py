@@ -37,21 +37,20 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from qlora.durable import FILE_NAME, MANIFEST, replace_file, sync
 from qlora.errors import CacheError
 from qlora.machine import GIB
-from qlora.model.shards import DTYPES, HEADER, Layout, ShardReader, ShardWriter, disk_error
+from qlora.model.shards import DTYPES, HEADER, Layout, ShardReader, ShardWriter, cache_disk_error
 from qlora.model.source import Source
 from qlora.model.transfer import PAGE, host_buffer
 
 FORMAT = 1  # of a cache's directory: the manifest's fields, the layout of shards, the form of a four-bit weight
-MANIFEST = "manifest.json"
 
 _DAY = 24 * 3600
 _LEFTOVER = re.compile(r".+\.(?:building|stale)-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{8}")
 
 # A manifest may come from anyone who can write to the directory: it names files in that directory and nothing else.
-_FILE = r"^[A-Za-z0-9_][A-Za-z0-9._-]*$"
-_FileName = Annotated[str, StringConstraints(pattern=_FILE)]
+_FileName = Annotated[str, StringConstraints(pattern=FILE_NAME)]
 _Dtype = Annotated[str, StringConstraints(pattern=f"^({'|'.join(DTYPES)})$")]
 _Checksum = Annotated[int, Field(ge=0, lt=2**32)]
 _Size = Annotated[int, Field(ge=0)]
@@ -225,7 +224,7 @@ class CacheBuilder:
                     raise OSError(errno.ENOSPC, "too little room")
             self.directory.mkdir()
         except OSError as error:
-            raise disk_error(self.target, error, needed) from error
+            raise cache_disk_error(self.target, error, needed) from error
         self._writers: dict[str, ShardWriter] = {}
         self._before = [_stamp(path) for path in source.files]  # before anyone reads them
         stop = threading.Event()
@@ -266,7 +265,7 @@ class CacheBuilder:
                 _write_manifest(self.directory, manifest)
                 return self._move_into_place(manifest)
             except OSError as error:
-                raise disk_error(self.target, error, sum(x.nbytes for x in self._layouts.values())) from error
+                raise cache_disk_error(self.target, error, sum(x.nbytes for x in self._layouts.values())) from error
         finally:
             self.abort()
 
@@ -286,7 +285,7 @@ class CacheBuilder:
             if first is not None:
                 return first
             self.directory.rename(self.target)
-            _sync_directory(self.target.parent)
+            sync(self.target.parent)
         return Cache(self.target, manifest)
 
     def _clear_stale(self) -> Cache | None:
@@ -347,7 +346,7 @@ def _identity(source: Source, settings: Mapping[str, Any], dtype: torch.dtype) -
 
 
 def _file_of(group: str) -> str:
-    if not re.fullmatch(_FILE, name := f"{group or 'rest'}.safetensors"):
+    if not re.fullmatch(FILE_NAME, name := f"{group or 'rest'}.safetensors"):
         raise ValueError(f"group {group!r} cannot be a file's name")
     return name
 
@@ -408,28 +407,7 @@ def _check_files(manifest: Manifest, source: Source) -> tuple[SourceFile, ...]:
 
 
 def _write_manifest(directory: Path, manifest: Manifest) -> None:
-    text = manifest.model_dump_json(indent=1)
-    unfinished = directory / f"{MANIFEST}.{secrets.token_hex(4)}"
-    try:
-        with unfinished.open("w") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        unfinished.replace(directory / MANIFEST)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    _sync_directory(directory)
-
-
-def _sync_directory(directory: Path) -> None:
-    """Bring a directory's names to the disk, where the system can."""
-    if os.name == "nt":
-        return
-    fd = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    replace_file(directory / MANIFEST, manifest.model_dump_json(indent=1).encode())
 
 
 def _hash_beside(files: tuple[Path, ...], stop: threading.Event) -> Future[list[str]]:

@@ -27,9 +27,16 @@ from qlora.model.cache import CacheBuilder, cache_home, open_cache
 from qlora.model.nf4 import FourBit, four_bit_weights, install
 from qlora.model.source import Source
 from qlora.model.store import Store, groups_of, tiers_of
+from qlora.model.untrusted import check_implementation, foreign, read_json
 
 METHOD = "qlora_streaming"  # our name among transformers' quantization methods
 
+
+# What of a generation_config.json is taken. Its other keys choose a way to generate, some of them by downloaded code.
+GENERATION = (
+    *("bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p", "min_p"),
+    *("repetition_penalty", "max_length", "max_new_tokens"),
+)
 
 DENSE = "dense"  # the cache's shard of everything that is not in four bits
 
@@ -69,6 +76,7 @@ def load_base(
     """
     started = time.perf_counter()
     skeleton = build_skeleton(_config(source, config), config, source.name)
+    _check_size(source, skeleton)
     streaming, cached = StreamingConfig(), False
     if config.method == "qlora" and (targets := four_bit_targets(skeleton)):
         four_bit = four_bit_of(config.quantization)
@@ -151,6 +159,17 @@ def _config(source: Source, config: Config) -> PreTrainedConfig:
     return model_config
 
 
+def _check_size(source: Source, skeleton: PreTrainedModel) -> None:
+    """Raise ModelError where the configuration describes far more than the files hold, before any of it is made."""
+    described = sum(t.numel() for t in (*skeleton.parameters(), *skeleton.buffers()))
+    nbytes = sum(path.stat().st_size for path in source.files)
+    # A value takes a byte at least, in the smallest of GGUF's formats a fifth of one. Some tables are computed.
+    if described > nbytes * (8 if source.gguf else 1) + 2**24:
+        raise ModelError(
+            f"{source.name}: its configuration describes {described:,} values, its weight files have {nbytes:,} bytes"
+        )
+
+
 def _materialize(
     source: Source,
     skeleton: PreTrainedModel,
@@ -200,7 +219,8 @@ def build_skeleton(model_config: PreTrainedConfig, config: Config, name: str) ->
             )
 
     attention = config.model.attn_implementation
-    try:
+    check_implementation(attention, config.model.trust_remote_code)
+    with foreign(f"{name}: not a decoder that transformers can build"):
         try:
             return build(attention)
         except ValueError as error:
@@ -208,14 +228,15 @@ def build_skeleton(model_config: PreTrainedConfig, config: Config, name: str) ->
                 raise
             warnings.warn(f"{name}: has no `sdpa` attention; `eager` is used", stacklevel=2)
             return build("eager")
-    except (ValueError, ImportError) as error:
-        raise ModelError(f"{name}: not a decoder that transformers can build: {error}") from error
 
 
 def _generation_config(source: Source, model: PreTrainedModel) -> GenerationConfig:
-    if source.gguf is None and (source.directory / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(source.directory)
-    return GenerationConfig.from_model_config(model.config)
+    path = source.directory / "generation_config.json"
+    with foreign(f"{path}: transformers cannot read it"):
+        if source.gguf is None and path.is_file():
+            facts = read_json(path)
+            return GenerationConfig(**{key: facts[key] for key in GENERATION if key in facts})
+        return GenerationConfig.from_model_config(model.config)
 
 
 class StreamingConfig(QuantizationConfigMixin):

@@ -15,7 +15,6 @@ import json
 import math
 import mmap
 import os
-import shutil
 import threading
 import weakref
 import zlib
@@ -27,8 +26,8 @@ from typing import Any, cast
 
 import torch
 
+from qlora.durable import Writer, disk_error
 from qlora.errors import CacheError, MachineError
-from qlora.machine import GIB
 from qlora.model.transfer import PAGE
 
 CHUNK = 16 << 20  # bytes of one read; a multiple of PAGE
@@ -96,7 +95,7 @@ class Layout:
         """The tensors in `buffer`, uint8 [>= nbytes] on any device: views, no copies."""
         return {p.name: buffer[p.offset : p.offset + p.nbytes].view(p.dtype).view(p.shape) for p in self.parts}
 
-    def _header(self) -> bytes:
+    def header(self) -> bytes:
         """What a safetensors file says of itself before its data: whole pages."""
         described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         for p in self.parts:
@@ -119,12 +118,12 @@ class ShardWriter:
         self._checksums: dict[str, int] = {}
         self._closed: dict[str, Any] | None = None
         self._lock = threading.Lock()
-        header = layout._header()
+        header = layout.header()
         self._data_start, self._header_checksum = len(header), zlib.crc32(header)
         try:
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
         except OSError as error:
-            raise disk_error(path, error, layout.nbytes) from error
+            raise cache_disk_error(path, error, layout.nbytes) from error
         self._fd, self._close_fd = fd, weakref.finalize(self, os.close, fd)
         self._write(memoryview(header), 0)
 
@@ -151,7 +150,7 @@ class ShardWriter:
                 os.fsync(self._fd)
                 self._close_fd()
             except OSError as error:
-                raise disk_error(self.path, error, self.layout.nbytes) from error
+                raise cache_disk_error(self.path, error, self.layout.nbytes) from error
             self._closed = {
                 "file": self.path.name,
                 "size": self._data_start + self.layout.nbytes,
@@ -175,7 +174,7 @@ class ShardWriter:
                 written = self._write_at(content, offset)
                 content, offset = content[written:], offset + written
         except OSError as error:
-            raise disk_error(self.path, error, self.layout.nbytes) from error
+            raise cache_disk_error(self.path, error, self.layout.nbytes) from error
 
     def _write_at(self, content: memoryview, offset: int) -> int:
         if hasattr(os, "pwrite"):
@@ -324,14 +323,21 @@ class ShardReader:
         )
 
 
-def disk_error(path: Path, error: OSError, nbytes: int) -> MachineError:
-    """The error for a disk that does not take `nbytes` bytes at `path`, with the numbers."""
-    there = next(p for p in path.absolute().parents if p.exists())
-    free = shutil.disk_usage(there).free
-    return MachineError(
-        f"{path}: cannot be written: {error.strerror or error} "
-        f"(needs {nbytes / GIB:.2f} GiB, {free / GIB:.2f} GiB are free)\n"
-        "  memory.nf4_cache_dir: a directory on a disk with more room, or null to train without a cache"
+def write_safetensors(writer: Writer, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write tensors, on any device, as one safetensors file; on the host stands one of them at a time."""
+    layout = Layout.of({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
+    writer.write(layout.header())
+    for part in layout.parts:
+        writer.write(_bytes(tensors[part.name]))
+
+
+def cache_disk_error(path: Path, error: OSError, nbytes: int) -> MachineError:
+    """The error for a disk that does not take `nbytes` bytes of a cache at `path`."""
+    return disk_error(
+        path,
+        error,
+        nbytes,
+        "memory.nf4_cache_dir: a directory on a disk with more room, or null to train without a cache",
     )
 
 

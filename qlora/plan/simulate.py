@@ -46,6 +46,7 @@ from qlora.plan.allocator import CachingAllocator
 from qlora.plan.ledger import ACCELERATOR, HOST, WORKING_SET, Label, Ledger, stored
 from qlora.plan.types import PHASES, Phase, Usage
 from qlora.train import activations, optim
+from qlora.train.checkpoint import Run
 from qlora.train.loop import Loop
 from qlora.train.step import LayerMajor, MicroBatchMajor, Step
 
@@ -184,7 +185,7 @@ def _recorded(
         parameters = trainable(model)
         batches = [_batch(rows, tokens, document or tokens, device) for rows, tokens in micro_batches]
         once = config.training.model_copy(update={"max_steps": 1})
-        loop = Loop(step, parameters, lambda epoch: batches, once, {}, lambda *_, **__: None)
+        loop = Loop(step, parameters, lambda epoch: batches, once, Run(), lambda *_, **__: None)
         _warm_up(step, loop, ledger)
         ledger.start()
         ledger.at = ("prologue", 0)

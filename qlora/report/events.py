@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.errors import QLoRAError, TrainingError
+from qlora.redact import redacted
 
 Event = dict[str, Any]
 Sink = Callable[[Event], None]  # one that has to be closed has a close() too
@@ -54,8 +55,8 @@ class Events:
         self._sinks = list(sinks)
 
     def emit(self, kind: str, /, **fields: Any) -> Event:
-        """Stamp the time, send, return the event."""
-        event = {"event": kind, "time": time.time(), **fields}
+        """Stamp the time, send, return the event. No sink is told a secret."""
+        event = {"event": kind, "time": time.time(), **redacted(fields)}
         notices: list[str] = []
         failure: Exception | None = None
         for sink in self._sinks:
@@ -117,7 +118,7 @@ class EventLog:
             raise self._unwritable(error) from error
 
     def __call__(self, event: Event) -> None:
-        line = json.dumps(_finite(event), ensure_ascii=False, allow_nan=False)
+        line = json.dumps(finite(event), ensure_ascii=False, allow_nan=False)
         try:
             # Half a surrogate pair, as a model can emit it, has no UTF-8; Python's escape for it is JSON's too.
             self._file.write(line.encode("utf-8", "backslashreplace") + b"\n")
@@ -184,9 +185,10 @@ def _whole_lines(data: bytes) -> bytes:
     return data[: data.rfind(b"\n") + 1]
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """What strict JSON can hold: a number that is not finite as text."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
+        return {key: finite(each) for key, each in value.items()}
+    return [finite(each) for each in value] if isinstance(value, list | tuple) else value

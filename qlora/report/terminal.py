@@ -12,6 +12,7 @@ import time
 import unicodedata
 from collections import deque
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import count, pairwise
 from typing import NamedTuple
 
@@ -62,6 +63,7 @@ class Terminal:
         self._generations: list[Event] = []  # the first and the last
         self._pace: deque[float] = deque(maxlen=_PACE)
         self._bar: Progress | None = None
+        self._gone = False  # nobody reads what is printed
 
     def __call__(self, event: Event) -> None:
         self._remember(event)
@@ -76,15 +78,18 @@ class Terminal:
             "end": self._end,
         }.get(event["event"])
         try:
-            if show is not None:
+            if show is not None and not self._gone:
                 show(event)
-        except SystemExit as error:  # what rich makes of a broken pipe; from then on its console is silent
+        except (SystemExit, OSError) as error:  # the first is what rich makes of a broken pipe
+            self._gone = True
+            self.close()
             raise Degraded("nobody reads the standard output any more; the run goes on without it") from error
 
     def close(self) -> None:
         """Leave the terminal as it was, whether the run came to its end or not."""
         if self._bar is not None:
-            self._bar.stop()
+            with suppress(OSError, SystemExit):  # a window that was closed
+                self._bar.stop()
             self._bar = None
 
     # What the summary will need
@@ -277,11 +282,7 @@ class Terminal:
         self.console.print(text, soft_wrap=soft_wrap, highlight=False)
 
     def _plain(self, text: str) -> str:
-        """Text from outside with control characters, and what cannot be encoded, as escapes: data must not steer."""
-        shown = "".join(
-            repr(char)[1:-1] if unicodedata.category(char) == "Cc" and char not in "\n\t" else char for char in text
-        )
-        return shown.encode(self.console.encoding, "backslashreplace").decode(self.console.encoding)
+        return printable(text, self.console.encoding)
 
 
 class _Figures(ProgressColumn):
@@ -406,6 +407,14 @@ def _braille(dots: set[tuple[int, int]], columns: int, height: int) -> list[str]
 
 def _stars(dots: set[tuple[int, int]], columns: int, height: int) -> list[str]:
     return ["".join("*" if (x, y) in dots else " " for x in range(columns)) for y in range(height)]
+
+
+def printable(text: str, encoding: str) -> str:
+    """Text from outside with control characters, and what cannot be encoded, as escapes: data must not steer."""
+    shown = "".join(
+        repr(char)[1:-1] if unicodedata.category(char) == "Cc" and char not in "\n\t" else char for char in text
+    )
+    return shown.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _short(number: int) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora.errors import TrainingError
+from qlora.redact import is_secret_name, redact
 from qlora.report.events import Degraded, Event, due
 
 if TYPE_CHECKING:
@@ -19,12 +19,6 @@ Setting = bool | int | float | str | None
 
 PROJECT = "qlora"  # wandb's project, mlflow's experiment, tensorboard's folder
 _GROUPS = {"step": "train", "evaluation": "eval", "generation": "generation"}
-_SECRET_KEY = re.compile(r"(^|_)(token|secret|password|passwd|api_?key|access_?key|credentials?)$", re.IGNORECASE)
-_SECRET_TEXT = (
-    (re.compile(r"(://)[^/\s@]+(?=@)"), r"\1***"),  # an address's user name and password
-    (re.compile(r"(://[^\s?]*\?)\S+"), r"\1***"),  # its query, which is where addresses are signed
-    (re.compile(r"\bhf_\w{16,}"), "***"),  # the Hub's access tokens
-)
 
 
 class Trackers:
@@ -102,7 +96,7 @@ def settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Setting]:
     """The recipe as flat `training.learning_rate: 0.0002`, the form that every tracker takes, without its secrets."""
     flat: dict[str, Setting] = {}
     for key, value in config.items():
-        if _SECRET_KEY.search(str(key)):
+        if is_secret_name(str(key)):
             continue
         if isinstance(value, list | tuple) and any(isinstance(each, Mapping) for each in value):
             value = {str(i): each for i, each in enumerate(value)}
@@ -111,10 +105,9 @@ def settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Setting]:
         elif isinstance(value, bool | int | float | None):
             flat[f"{prefix}{key}"] = value
         else:
-            text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-            for secret, shown in _SECRET_TEXT:
-                text = secret.sub(shown, text)
-            flat[f"{prefix}{key}"] = text
+            flat[f"{prefix}{key}"] = redact(
+                ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            )
     return flat
 
 

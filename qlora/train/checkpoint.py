@@ -1,33 +1,43 @@
 """Checkpoints: all that a run needs to go on as if it had never stopped.
 
 `checkpoint-<step>/` holds the trained weights in their own precision (fp32 masters), the optimizer's state, and a JSON
-with the step, the counts and what the run is about. No generator's state is needed: every random choice is drawn from
-the seed and the number of the step or epoch. Safetensors and JSON only: neither can carry code.
+with the step, the counts, the generators' states, what the run is about and how it was set; and a manifest with sizes
+and SHA-256. The learning rate and the place in the data follow from the step. Safetensors and JSON only: neither can
+carry code, and nothing else is opened.
 
-A checkpoint is written under another name and renamed when it is whole, so that a directory with the name is whole.
+A checkpoint is whole or not there (see `qlora.durable`), it is read back before an older one is removed, and a run is
+resumed from the newest one that is still what was written.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
-from qlora.errors import CheckpointError
-from qlora.train import optim
+from qlora import durable
+from qlora.config import TrainingConfig
+from qlora.errors import CheckpointError, MachineError
+from qlora.model.shards import write_safetensors
+from qlora.redact import redacted
+from qlora.train import generators, optim
 
 PREFIX = "checkpoint-"
-UNFINISHED = f".{PREFIX}*.unfinished"  # what a killed save leaves
 STATE, WEIGHTS, OPTIMIZER = "state.json", "weights.safetensors", "optimizer.safetensors"
+_ADVICE = (
+    "the last checkpoint is whole: with more room there --resume goes on from it;"
+    " training.save_total_limit: 1 needs the least"
+)
+_BESIDE = 1 << 20  # bytes of a checkpoint that are no tensors: headers, the state, what a file system rounds up
+_PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,77 +49,179 @@ class Progress:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a checkpoint is of, JSON-able.
+
+    identity  must be the same for a checkpoint to be resumed: base, data, template, adapter
+    settings  may be another: learning rate, length, machine. What differs is said
+    """
+
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One that was found to be what was written. state: what its JSON says."""
+
+    path: Path
+    state: Mapping[str, Any]
+
+
 def save(
     directory: Path,
     progress: Progress,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    identity: Mapping[str, Any],
+    run: Run,
     keep: int | None,
 ) -> Path:
-    """Write `directory/checkpoint-<step>`, then remove all but the newest `keep`.
+    """Write `directory/checkpoint-<step>`, read it back, then remove all but the newest `keep`.
 
-    identity  what makes the run this run (base, data, adapter); compared on resume
-
-    Raises CheckpointError, and leaves what was there, where it cannot be written.
+    Raises MachineError, and leaves what was there, where it cannot be written.
     """
     path = directory / f"{PREFIX}{progress.step}"
-    unfinished = directory / f".{path.name}.{os.getpid()}.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
+    device = next(iter(parameters.values())).device
+    weights = {name: parameter.detach() for name, parameter in parameters.items()}
+    optimizer_state = optim.state_tensors(optimizer, parameters)
+    state = {
+        "progress": asdict(progress),
+        "generators": generators.state(device),
+        "identity": redacted(run.identity),
+        "settings": redacted(run.settings),
+    }
     try:
-        unfinished.mkdir(parents=True)
-        save_file({name: p.detach().contiguous() for name, p in parameters.items()}, unfinished / WEIGHTS)
-        save_file(optim.state_tensors(optimizer, parameters), unfinished / OPTIMIZER)
-        state = {"progress": asdict(progress), "identity": identity}
-        (unfinished / STATE).write_text(json.dumps(state, indent=1))
-        for file in unfinished.iterdir():
-            _flush(file)
-        if path.exists():  # the same step again, after a resume
-            shutil.rmtree(path)
-        unfinished.rename(path)
-        _flush(directory)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        with durable.new_directory(path) as draft:
+            for name, tensors in ((WEIGHTS, weights), (OPTIMIZER, optimizer_state)):
+                with draft.writer(name) as writer:
+                    write_safetensors(writer, tensors)
+            draft.write(STATE, json.dumps(state, indent=1).encode())
+        durable.verify(path)
+    except OSError as error:
+        needed = sum(t.nbytes for tensors in (weights, optimizer_state) for t in tensors.values()) + _BESIDE
+        raise durable.disk_error(path, error, needed, _ADVICE) from error
+    except durable.Damaged as why:
+        raise MachineError(f"{path}: {why} when it was read back; is the disk failing? Older ones are kept") from None
     if keep is not None:
-        for old in checkpoints(directory)[:-keep]:
-            shutil.rmtree(old)
+        # Only what is older: a newer one, of an attempt that went on from an older, is replaced when its step comes.
+        for old in [c for c in checkpoints(directory) if _step(c) <= progress.step][:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
     return path
 
 
 def checkpoints(directory: Path) -> list[Path]:
     """The checkpoints in a directory, oldest first."""
-    found = [p for p in directory.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdigit() and p.is_dir()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix(PREFIX)))
+    found = [p for p in directory.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdecimal() and p.is_dir()]
+    return sorted(found, key=_step)
+
+
+def newest(directory: Path, say: Callable[[str], object]) -> Checkpoint:
+    """The newest checkpoint that is what was written. say: is told which newer ones are passed over, and why.
+
+    Raises CheckpointError where there is none.
+    """
+    passed_over = []
+    for path in reversed(checkpoints(directory)):
+        try:
+            return Checkpoint(path, _verified_state(path))
+        except durable.Damaged as why:
+            passed_over.append(f"{path.name}: {why}{_pickles_in(path)}")
+            say(f"{passed_over[-1]}; it is passed over")
+    what = "".join(f"\n  {line}" for line in passed_over)
+    if what:
+        raise CheckpointError(f"{directory}: no checkpoint there can be resumed from{what}")
+    raise CheckpointError(f"{directory}: has no checkpoint to resume from; without --resume the run starts there")
 
 
 def load(
-    path: Path,
+    found: Checkpoint,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    identity: Mapping[str, Any],
-) -> Progress:
-    """Put a checkpoint back into the trained weights and the optimizer.
+    run: Run,
+) -> tuple[Progress, list[str]]:
+    """Put a checkpoint back into the trained weights, the optimizer and the generators.
 
-    Raises CheckpointError, and changes nothing, where it is incomplete or of a run on another base, adapter or data.
+    returns how far it is, and in which settings it differs from this run, a line each
+
+    Raises CheckpointError, and changes nothing, where it is of a run on another base, data, template or adapter.
     """
-    try:
-        state = json.loads((path / STATE).read_text())
-        weights, optimizer_state = load_file(path / WEIGHTS), load_file(path / OPTIMIZER)
-        progress, theirs = Progress(**state["progress"]), state["identity"]
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: not a whole checkpoint: {error}") from error
+    path, state = found.path, found.state
     # Through JSON, as the other one was: tuples are lists there.
-    if differing := _differences(theirs, json.loads(json.dumps(identity))):
+    ours = json.loads(json.dumps(redacted({"identity": run.identity, "settings": run.settings})))
+    if differing := _differences(state["identity"], ours["identity"]):
         raise CheckpointError(f"{path}: belongs to another run\n" + "\n".join(f"  {line}" for line in differing))
-    if weights.keys() != parameters.keys():
+    try:
+        weights, optimizer_state = load_file(path / WEIGHTS), load_file(path / OPTIMIZER)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    if {name: w.shape for name, w in weights.items()} != {name: p.shape for name, p in parameters.items()}:
         raise CheckpointError(f"{path}: holds other weights than this run trains")
+    try:
+        optim.restore(optimizer, parameters, optimizer_state)
+        generators.restore(state["generators"], next(iter(parameters.values())).device)
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path}: its optimizer or generators are not this run's: {error}") from error
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
-    optim.restore(optimizer, parameters, optimizer_state)
-    return progress
+    return Progress(**state["progress"]), _differences(state["settings"], ours["settings"])
+
+
+def nbytes(training: TrainingConfig, parameters: Mapping[str, nn.Parameter]) -> int:
+    """Bytes of one checkpoint, before there is an optimizer's state."""
+    weights = sum(parameter.nbytes for parameter in parameters.values())
+    return weights + optim.state_nbytes(training, parameters) + _BESIDE
+
+
+def check_room(
+    directory: Path, training: TrainingConfig, parameters: Mapping[str, nn.Parameter], saves: int, beside: int
+) -> None:
+    """Refuse a run whose checkpoints the disk cannot hold, before its first step.
+
+    saves   checkpoints that the run will write
+    beside  bytes that it leaves besides, at its end
+
+    Raises MachineError with what is needed and what is free.
+    """
+    one, there = nbytes(training, parameters), len(checkpoints(directory))
+    most = there + saves
+    if training.save_total_limit is not None:  # one more than are kept, as the old one goes when the new one is whole
+        most = min(most, training.save_total_limit + 1)
+    more = max(most - there, min(saves, 1))
+    needed, free = more * one + beside, durable.free_disk_bytes(directory)
+    if needed > free:
+        each, rest = durable.readable(one), durable.readable(beside)
+        raise MachineError(
+            f"{directory}: the disk cannot hold what the run will write: it needs {durable.readable(needed)},"
+            f" {durable.readable(free)} are free\n"
+            f"  checkpoints {more} x {each} | adapter, tokenizer and card {rest}\n"
+            "  training.save_total_limit: 1 keeps the fewest; or set another training.output_dir"
+        )
+
+
+def _verified_state(path: Path) -> dict[str, Any]:
+    """What the state of a checkpoint says. Raises Damaged where anything in it is not what was written."""
+    files = durable.verify(path)
+    if missing := [name for name in (STATE, WEIGHTS, OPTIMIZER) if name not in files]:
+        raise durable.Damaged(f"its manifest has no {missing[0]}")
+    try:
+        state = json.loads((path / STATE).read_bytes())
+        Progress(**state["progress"])
+        if not isinstance(state["identity"], dict) or not isinstance(state["settings"], dict):
+            raise TypeError("says nothing of its run")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise durable.Damaged(f"{STATE} is damaged: {error}") from error
+    return state
+
+
+def _pickles_in(path: Path) -> str:
+    found = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLES)
+    return f" ({found[0]} is a pickle, which can carry code: only safetensors and JSON are read)" if found else ""
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix(PREFIX))
 
 
 def _differences(theirs: Any, ours: Any, key: str = "") -> list[str]:
@@ -118,15 +230,21 @@ def _differences(theirs: Any, ours: Any, key: str = "") -> list[str]:
         return [
             line for k in keys for line in _differences(theirs.get(k), ours.get(k), f"{key}.{k}" if key else str(k))
         ]
-    return [] if theirs == ours else [f"{key}: `{theirs}` there, `{ours}` here"]
+    if theirs == ours:
+        return []
+    there, here = _from_where_they_part(str(theirs), str(ours))
+    return [f"{key}: `{there}` there, `{here}` here"]
 
 
-def _flush(path: Path) -> None:
-    """Have the operating system write a file or directory to the disk now."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows has no such call for directories
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() or os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _from_where_they_part(a: str, b: str, most: int = 60) -> tuple[str, str]:
+    """Two long texts, such as templates, cut to where they differ."""
+    if max(len(a), len(b)) <= most:
+        return a, b
+    same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    start = max(0, same - 10)
+
+    def cut(text: str) -> str:
+        shown = text[start : start + most]
+        return ("…" if start else "") + shown.replace("\n", "\\n") + ("…" if len(text) > start + most else "")
+
+    return cut(a), cut(b)

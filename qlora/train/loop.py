@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from qlora.config import TrainingConfig
-from qlora.errors import CheckpointError, MachineError, NonFiniteLossError
+from qlora.errors import MachineError, NonFiniteLossError
 from qlora.machine import give_back_memory, memory_gib
 from qlora.model.batch import Batch
 from qlora.train import checkpoint, optim
@@ -31,6 +31,7 @@ from qlora.train.step import Step, StepResult
 
 Epochs = Callable[[int], Sequence[Batch]]
 Emit = Callable[..., Any]
+Requested = Callable[[], bool]  # whether it was asked to stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,19 +94,19 @@ class Loop:
         parameters: Mapping[str, nn.Parameter],
         epochs: Epochs,
         training: TrainingConfig,
-        identity: Mapping[str, Any],
+        run: checkpoint.Run,
         emit: Emit,
         evaluate: Callable[[int], None] | None = None,
     ) -> None:
         """
         parameters  what is trained, by name
         epochs      epoch -> its micro-batches, on the host
-        identity    what makes the run this run; see checkpoint.save
+        run         what its checkpoints are of
         emit        emit(kind, **fields) reports an event
         evaluate    evaluate(step) scores the held-out rows, where there are any
         """
         self.step, self.parameters, self.epochs, self.training = step, parameters, epochs, training
-        self.identity, self.emit, self.evaluate = identity, emit, evaluate
+        self.about, self.emit, self.evaluate = run, emit, evaluate
         self.schedule = Schedule.of(training, epochs)
         self.device = step.device
         self.optimizer, self.scheduler = optim.build(
@@ -113,12 +114,12 @@ class Loop:
         )
         self.progress = Progress()
 
-    def resume(self) -> Progress:
-        """Go back to the newest checkpoint in the output directory. Raises CheckpointError."""
-        found = checkpoint.checkpoints(Path(self.training.output_dir))
-        if not found:
-            raise CheckpointError(f"{self.training.output_dir}: has no checkpoint to resume from")
-        self.progress = checkpoint.load(found[-1], self.parameters, self.optimizer, self.identity)
+    def resume(self, found: checkpoint.Checkpoint) -> Progress:
+        """Go back to a checkpoint, and say what is set otherwise now. Raises CheckpointError."""
+        self.progress, changed = checkpoint.load(found, self.parameters, self.optimizer, self.about)
+        if changed:
+            listed = "".join(f"\n  {line}" for line in changed)
+            self.emit("notice", text=f"set otherwise than in {found.path.name}:{listed}")
         with warnings.catch_warnings():
             # torch misses optimizer steps before these: they were another process's.
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
@@ -126,25 +127,31 @@ class Loop:
                 self.scheduler.step()
         return self.progress
 
-    def run(self) -> Outcome:
-        """Take the steps that are left. Ctrl-C or SIGTERM finishes the step, saves and returns.
+    @property
+    def saves(self) -> int:
+        """How many checkpoints the steps that are left will write."""
+        every, first, last = self.training.save_steps, self.progress.step, self.schedule.steps
+        return sum(step == last or _due(every, step) for step in range(first + 1, last + 1))
 
-        Raises NonFiniteLossError; the last checkpoint is then the one before.
+    def run(self, requested: Requested = lambda: False) -> Outcome:
+        """Take the steps that are left. Where it is requested to stop, it finishes the step, saves and returns.
+
+        Raises NonFiniteLossError; the last checkpoint is then the one before. MachineError where a checkpoint cannot be
+        written.
         """
         losses: list[float] = []
-        with _stop_requested() as requested:
-            for epoch, first, behind in itertools.islice(self.schedule, self.progress.step, None):
-                losses.append(self._take(epoch, first, behind))
-                step, last = self.progress.step, self.progress.step == self.schedule.steps
-                save = last or _due(self.training.save_steps, step)
-                if save:
+        for epoch, first, behind in itertools.islice(self.schedule, self.progress.step, None):
+            losses.append(self._take(epoch, first, behind))
+            step, last = self.progress.step, self.progress.step == self.schedule.steps
+            save = last or _due(self.training.save_steps, step)
+            if save:
+                self._save()
+            if self.evaluate and _due(self.training.eval_steps, step) and not last and not requested():
+                self.evaluate(step)
+            if requested():  # asked once, as the answer may change at any time
+                if not save:
                     self._save()
-                if self.evaluate and _due(self.training.eval_steps, step) and not last and not requested():
-                    self.evaluate(step)
-                if requested():  # asked once, as the answer may change at any time
-                    if not save:
-                        self._save()
-                    break
+                break
         stopped = "interrupted" if self.progress.step < self.schedule.steps else None
         return Outcome(self.progress, tuple(losses), stopped)
 
@@ -180,15 +187,17 @@ class Loop:
         return result.loss
 
     def _compute(self, batches: Sequence[Batch], number: int) -> StepResult:
-        """The step's gradients. Where the device has no memory left, again with less of it: the results are the same.
+        """The step's gradients. Where the device has no memory left, again with less of it: see `Step.relieve`.
 
         Raises MachineError where nothing is left that could live elsewhere.
         """
         while True:
             try:
                 return self.step(batches, number)
-            except torch.OutOfMemoryError as error:
-                said = str(error).split(". ")[0]
+            except RuntimeError as error:
+                if not _no_memory(error):
+                    raise
+                said = str(error).split(". ")[0].split("\n")[0]
             # Not above: the exception holds what the step has had on the device.
             for parameter in self.parameters.values():
                 parameter.grad = None
@@ -234,7 +243,7 @@ class Loop:
     def _save(self) -> None:
         started = time.perf_counter()
         directory, keep = Path(self.training.output_dir), self.training.save_total_limit
-        path = checkpoint.save(directory, self.progress, self.parameters, self.optimizer, self.identity, keep)
+        path = checkpoint.save(directory, self.progress, self.parameters, self.optimizer, self.about, keep)
         self.emit("checkpoint", step=self.progress.step, path=str(path), seconds=time.perf_counter() - started)
 
 
@@ -242,20 +251,31 @@ def _due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
 
 
+def _no_memory(error: RuntimeError) -> bool:
+    """Whether a device has no memory left; the CPU's allocator has no class of error for that."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
 @contextmanager
-def _stop_requested() -> Iterator[Callable[[], bool]]:
-    """Turn a first Ctrl-C or SIGTERM into an answer; a second Ctrl-C interrupts at once, as ever."""
+def stop_requested() -> Iterator[Requested]:
+    """Turn a first Ctrl-C, SIGTERM or SIGHUP into an answer; a second Ctrl-C interrupts at once, as ever.
+
+    SIGHUP stays ignored where this process was told to ignore it, as by nohup.
+    """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
         yield asked.is_set
         return
 
     def note(signum: int, frame: Any) -> None:
-        if asked.is_set():
+        if asked.is_set() and signum == signal.SIGINT:
             signal.default_int_handler(signum, frame)
         asked.set()
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, note) for number in numbers}
     try:
         yield asked.is_set
     finally:

@@ -66,6 +66,16 @@ def state_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.
     }
 
 
+def state_nbytes(training: TrainingConfig, parameters: Mapping[str, nn.Parameter]) -> int:
+    """Bytes of what `state_tensors` will give once there is a state."""
+    if training.optim == "adamw_torch":
+        return sum(2 * p.nbytes + 4 for p in parameters.values())
+    # bitsandbytes: small tensors in float32; of others a byte a value and a float32 for each block of 256, twice.
+    return sum(
+        8 + (8 * n if n < 4096 else 2 * (n + 4 * -(-n // 256))) for n in (p.numel() for p in parameters.values())
+    )
+
+
 @torch.no_grad()
 def restore(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, torch.Tensor]

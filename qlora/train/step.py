@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from qlora.config import MemoryConfig
 from qlora.errors import ModelError
-from qlora.model.batch import Batch, regroup
+from qlora.model.batch import Batch, divisible, halved, regroup
 from qlora.model.blocks import Blocks, CannotCut, Entry, cut, inputs_of
 from qlora.model.ends import CannotStayOnHost, HeadOnHost, ends_to_host
 from qlora.model.kept import without_weights
@@ -57,6 +57,29 @@ class StepResult:
     supervised: int
 
 
+class Halvings:
+    """Micro-batches halved as often as it took to fit: half the tokens at a time, twice the count, the same sum."""
+
+    def __init__(self) -> None:
+        self._times = 0
+        self._left = False  # whether the last batches could be halved once more
+
+    def __call__(self, batches: Sequence[Batch]) -> list[Batch]:
+        batches = list(batches)
+        for _ in range(self._times):
+            batches = halved(batches)
+        self._left = divisible(batches)
+        return batches
+
+    def more(self) -> str | None:
+        """Halve once more from here on; returns what changed, or None where each micro-batch is one document."""
+        if not self._left:
+            return None
+        self._times += 1
+        self._left = False  # until it was tried
+        return f"micro-batches of 1/{2**self._times} the size, {2**self._times} times as many"
+
+
 class LayerMajor:
     """The step on a model that can be cut."""
 
@@ -81,6 +104,7 @@ class LayerMajor:
         self.device = residency.device
         self.loss_chunk, self.most_tokens = memory.loss_chunk_tokens, memory.micro_batch_tokens
         self.layers_kept = min(memory.layers_kept, len(blocks) - 1)  # the last one is as good as kept
+        self._halvings = Halvings()
         store: Callable[[bool], Activations] = {
             "device": OnDevice,
             "host": lambda passing: OnHost(self.device, passing),
@@ -111,7 +135,7 @@ class LayerMajor:
         """
         blocks, last = self.blocks, len(self.blocks) - 1
         first = last - self.layers_kept  # from here on up nothing is computed again
-        batches = regroup(batches, self.most_tokens)
+        batches = self._halvings(regroup(batches, self.most_tokens))
         supervised = sum(batch.supervised for batch in batches)
         route = self._route([*range(last), *range(last, -1, -1)])
         kept: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}  # layer, micro-batch -> its input, output
@@ -188,7 +212,7 @@ class LayerMajor:
     def evaluate(self, batches: Sequence[Batch]) -> StepResult:
         """The same loss with no gradients: each layer is visited once for all of `batches`."""
         blocks = self.blocks
-        batches = regroup(batches, self.most_tokens)
+        batches = self._halvings(regroup(batches, self.most_tokens))
         supervised = sum(batch.supervised for batch in batches)
         entries = [blocks.prologue(batch) for batch in batches]
         hidden = [entry.hidden for entry in entries]
@@ -199,7 +223,8 @@ class LayerMajor:
         return _result(losses, batches, supervised)
 
     def relieve(self) -> str | None:
-        """Hold less on the device from here on, at the price of speed alone: results stay the same to the bit.
+        """Hold less on the device from here on, at the price of speed: results stay the same, at first to the bit, and
+        where micro-batches are halved up to the order of sums.
 
         returns what changed, or None where nothing is left to change. Raises HostMemoryError.
         """
@@ -211,7 +236,7 @@ class LayerMajor:
             return "memory.activations: host"
         if moved := self.residency.evict(-(-self.residency.tiers["device"] // 4)):
             return f"memory.layers_on_device: {self.residency.tiers['device']} ({moved} fewer)"
-        return None
+        return self._halvings.more()
 
     @contextmanager
     def whole_model(self, room: float) -> Iterator[None]:
@@ -256,11 +281,13 @@ class MicroBatchMajor:
         """residency: of the model as one layer."""
         self.model, self.residency, self.loss_chunk, self.seed = model, residency, loss_chunk, seed
         self.device = residency.device
+        self._halvings = Halvings()
         if model.supports_gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def __call__(self, batches: Sequence[Batch], step: int = 0) -> StepResult:
         """As LayerMajor's."""
+        batches = self._halvings(batches)
         supervised = sum(batch.supervised for batch in batches)
         losses = []
         with _reproducible(self.device):
@@ -274,12 +301,13 @@ class MicroBatchMajor:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> StepResult:
         """As LayerMajor's."""
+        batches = self._halvings(batches)
         supervised = sum(batch.supervised for batch in batches)
         return _result([self._loss(batch, supervised) for batch in batches], batches, supervised)
 
     def relieve(self) -> str | None:
-        """As LayerMajor's: here nothing can be moved."""
-        return None
+        """As LayerMajor's: here nothing can be moved, only micro-batches be halved."""
+        return self._halvings.more()
 
     @contextmanager
     def whole_model(self, room: float) -> Iterator[None]:

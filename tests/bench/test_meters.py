@@ -11,6 +11,7 @@ from qlora.bench.predictions import _predict
 from qlora.bench.work import Setup, Work
 from qlora.machine import GIB
 from qlora.plan.types import Rates
+from qlora.train.checkpoint import Run
 from qlora.train.loop import Loop
 
 CPU = torch.device("cpu")
@@ -22,7 +23,7 @@ def count(setup, directory, steps=2):
     """The second step of a setup, counted."""
     ready = prepare(setup, directory, CPU, print)
     batches = batches_of(setup, WORK, ready.vocab, ready.source, 1)[0]
-    loop = Loop(ready.step, ready.parameters, lambda _: [], ready.config.training, {}, lambda *_, **__: None)
+    loop = Loop(ready.step, ready.parameters, lambda _: [], ready.config.training, Run(), lambda *_, **__: None)
     for number in range(1, steps):
         loop.update(ready.step(batches, number), batches, number)
     return ready, counted(loop, ready, batches, steps)

@@ -12,6 +12,7 @@ from qlora.bench.methods import Stock, as_directory, batches_of, config_of, prep
 from qlora.bench.work import Setup, Work
 from qlora.errors import ModelError, RecipeError
 from qlora.plan.ledger import Ledger
+from qlora.train.checkpoint import Run
 from qlora.train.loop import Loop
 from tests.conftest import SMALL
 from tests.tiny import chat_model, recipe_text
@@ -38,7 +39,7 @@ def losses(one: Setup, work: Work, directory: Path, steps: int = 3, learning_rat
     ready = prepare(one, directory, CPU, print)
     batches = batches_of(one, work, ready.vocab, ready.source, steps)
     training = ready.config.training.model_copy(update={"learning_rate": learning_rate})
-    loop = Loop(ready.step, ready.parameters, lambda _: batches[0], training, {}, lambda *_, **__: None)
+    loop = Loop(ready.step, ready.parameters, lambda _: batches[0], training, Run(), lambda *_, **__: None)
     found = []
     for number, micro_batches in enumerate(batches, 1):
         result = ready.step(micro_batches, number)

@@ -310,15 +310,15 @@ def test_a_repeated_row_is_repeated_in_place_and_reported_once():
 
 
 def test_all_rows_that_the_template_refuses_are_named_with_its_own_reason():
-    rows = [chat("?", "!", system="s", where=f"x:{number}") for number in range(1, 31)]
+    rows = [chat("?", "!", system="s", where=f"x:{number}") for number in range(1, 61)]
     with pytest.raises(DataError) as caught:
         run(family_tokenizer("gemma"), chat("?", "!"), *rows)
     message = str(caught.value)
-    assert message.startswith("30 problems")
+    assert message.startswith("60 problems in the data\n")
     assert "data.chat_template" in message
     assert "x:1: the chat template refuses the turns: System role not supported" in message
-    assert "x:20:" in message
-    assert "x:21:" not in message
+    assert "x:50:" in message
+    assert "x:51:" not in message
     assert "and 10 more" in message
 
 

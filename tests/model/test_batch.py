@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora.model.batch import Batch, regroup
+from qlora.model.batch import Batch, divisible, halved, regroup
 from tests.conftest import random_batch
 
 
@@ -96,3 +96,36 @@ def test_each_piece_names_its_own_documents():
         ("0:3.0",),
     ]
     assert [piece.documents for piece in regroup([batch], 24)] == [((12,), (5, 7)), ((4, 4, 4), (12,))]
+
+
+def documents_of(batches):
+    """Each document of packed micro-batches: its tokens, positions, labels and name."""
+    found = []
+    for batch in batches:
+        names = iter(batch.rows)
+        for row, lengths in enumerate(batch.documents):
+            start = 0
+            for length in lengths:
+                part = (row, slice(start, start + length))
+                tensors = (batch.input_ids, batch.position_ids, batch.labels)
+                found.append((next(names), *(tuple(tensor[part].tolist()) for tensor in tensors)))
+                start += length
+    return found
+
+
+@given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1, max_size=4))
+def test_halved_micro_batches_hold_the_same_documents_until_each_is_one(packs):
+    batches = [packed(lengths, seed=number) for number, lengths in enumerate(packs)]
+    expected = documents_of(batches)
+    widest = max(batch.input_ids.numel() for batch in batches)
+    while divisible(batches):
+        more = halved(batches)
+        assert len(more) > len(batches) and documents_of(more) == expected
+        assert max(batch.input_ids.numel() for batch in more) <= widest
+        batches = more
+    assert halved(batches) == batches and len(batches) == len(expected)
+
+
+def test_a_halved_micro_batch_is_cut_between_rows_and_a_row_nearest_to_its_middle():
+    assert sizes(halved([padded(3, 5, 4)])) == [(1, 5), (2, 5)]
+    assert sizes(halved([packed((2, 2, 5, 1))])) == [(1, 4), (1, 6)]

@@ -247,7 +247,7 @@ def test_a_cache_without_a_manifest_is_not_used(home, source):
 
 def test_too_small_a_disk_is_said_before_anything_is_written(home, source, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
-    with pytest.raises(MachineError, match=r"a-model-.*needs .* 0\.00 GiB are free.*\n.*cache_dir"):
+    with pytest.raises(MachineError, match=r"a-model-.*needs .* 1\.0 MiB are free.*\n.*cache_dir"):
         CacheBuilder(home, source, SETTINGS, BF16, layouts())
     assert directories(home) == []
 

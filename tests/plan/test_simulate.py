@@ -35,6 +35,7 @@ from qlora.plan.simulate import (
     simulate,
 )
 from qlora.plan.types import Usage
+from qlora.train.checkpoint import Run
 from qlora.train.loop import Loop
 from tests.conftest import tiny_config
 
@@ -71,7 +72,7 @@ def really_held(config: Config, micro_batches: int, directory) -> dict[tuple[str
         step.watched_by(ledger)
         tokens = [torch.randint(3, 1000, (ROWS, TOKENS)) for _ in range(micro_batches)]
         batches = [Batch(ids, torch.arange(TOKENS).repeat(ROWS, 1), ids.clone()) for ids in tokens]
-        loop = Loop(step, trainable(attached), lambda _: batches, config.training, {}, lambda *_, **__: None)
+        loop = Loop(step, trainable(attached), lambda _: batches, config.training, Run(), lambda *_, **__: None)
         for number in (1, 2):
             ledger.start()
             ledger.at = ("prologue", 0)

@@ -202,3 +202,15 @@ def test_steps_are_told_at_every_nth_and_at_the_last():
 def test_the_emitter_and_the_log_import_nothing_heavy():
     program = "import sys, qlora.report.events; print({'torch', 'rich', 'accelerate', 'pydantic'} & {*sys.modules})"
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "set()"
+
+
+def test_no_sink_hears_a_secret(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "c4nary-in-a-mine")
+    heard = []
+    with Events([EventLog(tmp_path / "events.jsonl"), heard.append]) as events:
+        told = events.emit("notice", text="no route to https://me:c4nary-in-a-mine@host", token="short")
+        events.emit("generation", samples=[{"got": "hf_AbCdEfGhIjKlMnOp0123"}], step=1)
+    assert told["text"] == "no route to https://***@host" and told["token"] == "***"
+    assert heard == read_events(tmp_path / "events.jsonl")
+    log = (tmp_path / "events.jsonl").read_text()
+    assert "c4nary" not in log and "hf_" not in log

@@ -15,8 +15,8 @@ from transformers import TrainingArguments, get_scheduler
 
 from qlora.config import TrainingConfig
 from qlora.errors import MachineError, NonFiniteLossError
-from qlora.train.checkpoint import checkpoints
-from qlora.train.loop import Loop, Schedule
+from qlora.train.checkpoint import Run, checkpoints
+from qlora.train.loop import Loop, Schedule, stop_requested
 from qlora.train.step import StepResult
 from tests.conftest import random_batch
 
@@ -51,7 +51,7 @@ def looped(tmp_path, step=None, on=lambda event: None, batches=4, evaluate=None,
     step = step or Bowl()
     knobs = {"output_dir": str(tmp_path), "optim": "adamw_torch", "gradient_accumulation_steps": 1} | training
     rows = [random_batch(seed=number) for number in range(batches)]
-    return Loop(step, step.parameters, lambda epoch: rows, TrainingConfig(**knobs), {}, emit, evaluate), events
+    return Loop(step, step.parameters, lambda epoch: rows, TrainingConfig(**knobs), Run({}, {}), emit, evaluate), events
 
 
 def steps(events, key="step"):
@@ -174,28 +174,35 @@ def test_what_is_not_finite_stops_the_run_before_it_reaches_a_weight(what, tmp_p
 
 # --- stopping
 
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+def heeding_signals(loop):
+    with stop_requested() as requested:
+        return loop.run(requested)
+
 
 @pytest.mark.parametrize("when", ["step", "checkpoint"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_a_signal_ends_the_run_after_the_step_it_came_in_and_the_step_is_saved(number, when, tmp_path):
     def stop(event):
         if event["event"] == when and event["step"] == 2:
             signal.raise_signal(number)
 
-    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [signal.getsignal(each) for each in SIGNALS]
     save_steps = None if when == "step" else 2
     loop, events = looped(tmp_path, on=stop, batches=5, save_steps=save_steps, eval_steps=1, evaluate=lambda step: None)
-    outcome = loop.run()
+    outcome = heeding_signals(loop)
     assert outcome.stopped == "interrupted" and len(outcome.losses) == 2
     assert steps(events) == [1, 2]
     assert [event["step"] for event in events if event["event"] == "checkpoint"] == [2]
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2"]
-    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [signal.getsignal(each) for each in SIGNALS] == handlers
 
 
 def test_a_signal_during_an_evaluation_ends_the_run_after_it_and_the_step_is_saved(tmp_path):
     loop, events = looped(tmp_path, batches=5, eval_steps=2, evaluate=lambda step: signal.raise_signal(signal.SIGINT))
-    assert loop.run().stopped == "interrupted"
+    assert heeding_signals(loop).stopped == "interrupted"
     assert steps(events) == [1, 2]
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2"]
 
@@ -206,7 +213,7 @@ def test_a_signal_in_the_last_step_interrupts_nothing(tmp_path):
             signal.raise_signal(signal.SIGINT)
 
     loop, _ = looped(tmp_path, on=stop)
-    assert loop.run().stopped is None
+    assert heeding_signals(loop).stopped is None
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-4"]
 
 
@@ -218,16 +225,26 @@ def test_a_second_ctrl_c_interrupts_at_once(tmp_path):
 
     loop, _ = looped(tmp_path, on=stop)
     with pytest.raises(KeyboardInterrupt):
-        loop.run()
+        heeding_signals(loop)
     assert checkpoints(tmp_path) == []
 
 
 def test_a_loop_runs_in_a_thread_which_gets_no_signals(tmp_path):
     loop, events = looped(tmp_path)
-    thread = threading.Thread(target=loop.run)
+    thread = threading.Thread(target=heeding_signals, args=(loop,))
     thread.start()
     thread.join()
     assert steps(events) == [1, 2, 3, 4]
+
+
+def test_a_signal_that_the_process_was_told_to_ignore_stays_ignored(tmp_path):
+    """`nohup qlora train ...` goes on when the terminal is closed."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        loop, _ = looped(tmp_path, on=lambda event: event["event"] == "step" and signal.raise_signal(signal.SIGHUP))
+        assert heeding_signals(loop).stopped is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 # --- saving and evaluating
@@ -284,3 +301,11 @@ def test_a_step_for_which_there_is_never_enough_memory_says_what_to_change_and_c
         loop.run()
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1"]
     assert all(parameter.grad is None for parameter in step.parameters.values())
+
+
+def test_the_saves_that_are_left_are_counted(tmp_path):
+    loop, events = looped(tmp_path, batches=11, save_steps=3)
+    expected = loop.saves
+    loop.run()
+    assert expected == 4 == len([event for event in events if event["event"] == "checkpoint"])
+    assert loop.saves == 0

@@ -13,15 +13,13 @@ from pydantic import ValidationError
 from qlora.config import MemoryConfig
 from qlora.errors import AdapterError, CacheError, ModelError
 from qlora.model.adapters import attach, trainable
-from qlora.model.blocks import cut
 from qlora.model.homes import OnFile
 from qlora.model.load import load_base
 from qlora.model.nf4 import four_bit_weights
-from qlora.model.residency import Residency
 from qlora.model.shards import ShardReader
 from qlora.model.source import open_source
 from qlora.model.transfer import Lane
-from qlora.train.step import LayerMajor
+from qlora.train.step import choose
 from tests.conftest import random_batch
 
 CPU = torch.device("cpu")
@@ -57,8 +55,7 @@ def step_of(checkpoint, recipe, tmp_path):
         for name, parameter in trainable(peft_model).items():
             if "lora_B" in name:
                 parameter.data.normal_(0, 0.05, generator=g)
-        blocks = cut(model)
-        return peft_model, LayerMajor(blocks, Residency(blocks.layers, CPU), config.memory, directory=tmp_path)
+        return peft_model, choose(model, CPU, config.memory, 0, tmp_path, print)
 
     return make
 
@@ -256,8 +253,51 @@ def test_relief_moves_things_off_the_device_until_nothing_is_left_and_changes_no
     while (changed := step.relieve()) is not None:
         said.append(changed)
         assert same(outcome((model, step)), expected), changed
+        if step.residency.tiers["device"] == 0:
+            break
     assert said[0] == "memory.activations: host" and said[-1] == "memory.layers_on_device: 0 (1 fewer)"
     assert step.residency.tiers == {"device": 0, "host": LAYERS, "file": 0}
+
+
+@pytest.mark.parametrize("order", ["layer-major", "standard"])
+def test_a_step_that_still_does_not_fit_halves_its_micro_batches_and_gives_the_same_sum(order, step_of):
+    """On a device with room for so many tokens at a time."""
+    model, step = step_of(
+        order=order, **({"activations": "host", "layers_on_device": 0} if order != "standard" else {})
+    )
+    batches = [random_batch(rows=4, tokens=12, seed=j) for j in range(2)]
+    seen, room = [], [10**9]
+
+    def fits(module, arguments, keywords):
+        seen.append((keywords.get("input_ids") if "input_ids" in keywords else arguments[0]).numel())
+        if seen[-1] > room[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    def computed():
+        model.zero_grad()
+        seen.clear()
+        loss = step(batches).loss
+        return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    model.get_input_embeddings().register_forward_pre_hook(fits, with_kwargs=True)
+    loss, gradients = computed()
+    assert seen == [48, 48]
+    room[0], said = 12, []
+    while True:
+        try:
+            again, others = computed()
+            break
+        except torch.OutOfMemoryError:
+            said.append(step.relieve())
+    assert said == ["micro-batches of 1/2 the size, 2 times as many", "micro-batches of 1/4 the size, 4 times as many"]
+    assert seen == [12] * 8
+    assert again == pytest.approx(loss, rel=1e-6)
+    for name, expected in gradients.items():  # sums of eight parts instead of two, in fp32
+        torch.testing.assert_close(others[name], expected, rtol=1e-4, atol=1e-6)
+    room[0] = 6
+    with pytest.raises(torch.OutOfMemoryError):
+        computed()
+    assert step.relieve() is None  # each is one document
 
 
 @pytest.mark.slow
