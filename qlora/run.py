@@ -57,6 +57,7 @@ def train(
     tokenizer = source.tokenizer(config.model.trust_remote_code)
     today = date.fromisoformat(found.state["identity"]["today"]) if found and found.state["identity"]["today"] else None
     data = prepare(config, tokenizer, today)  # before the model is loaded: a mistake in a row should not wait for that
+    _check_vocabulary(data, source, config)
     with _alone_in(output):
         _make_room(output, overwrite and not resume)
         events = _events(config, output, resume, sinks)
@@ -86,7 +87,6 @@ def _train(
         events.emit("plan", **as_event(planned))
     training = config.training
     base = load_base(config, source, device, say)
-    _check_vocabulary(data, base)
     model = base.model if config.method == "full" else attach(base.model, config.lora, training.seed)
     model.train()
     step = choose(base.model, device, config.memory, training.seed, output, say)
@@ -244,12 +244,15 @@ def _warnings_as_notices(say: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
-def _check_vocabulary(data: Data, base: Base) -> None:
-    rows: Any = base.model.get_input_embeddings().num_embeddings
-    if data.largest_id >= rows:
+def _check_vocabulary(data: Data, source: Source, config: Config) -> None:
+    """Before a model is loaded: a token that it does not know would be an index out of range in its first step."""
+    known = source.config(config.model.trust_remote_code).get_text_config().vocab_size
+    if rows := data.outside(known):
+        more = f"\n  ... and {len(rows) - 5} more" if len(rows) > 5 else ""
+        listed = "\n  ".join(rows[:5])
         raise DataError(
-            f"token id {data.largest_id} is outside the model's vocabulary of {rows}: "
-            f"the tokenizer of {base.source.name} is not this model's"
+            f"{len(rows)} rows have tokens outside the model's vocabulary of {known}: "
+            f"the tokenizer of {source.name} is not this model's\n  {listed}{more}"
         )
 
 

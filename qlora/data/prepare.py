@@ -88,11 +88,15 @@ class Data:
     def _date(self) -> date | None:
         return date.fromisoformat(self.today) if self.today else None
 
-    @property
-    def largest_id(self) -> int:
-        """The largest token id there is."""
+    def outside(self, vocabulary: int) -> list[str]:
+        """The rows that have a token which a model of so many does not know: "file:line: token id 50000 (`<x>`)"."""
         both = (*self.train.tokenized.examples, *self.held_out.tokenized.examples)
-        return max(max(example.input_ids) for example in both)
+        largest = ((example.where, max(example.input_ids)) for example in both)
+        return [
+            f"{where}: token id {largest_id} (`{self.tokenizer.convert_ids_to_tokens(largest_id)}`)"
+            for where, largest_id in largest
+            if largest_id >= vocabulary
+        ]
 
     def _batches(self, split: Split, packing: bool, size: int, epoch: int | None) -> Batches:
         pad: Any = self.tokenizer.pad_token_id
