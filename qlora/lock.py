@@ -30,25 +30,37 @@ class Lock:
     """
 
     def __init__(self, directory: Path) -> None:
-        self._fd = os.open(directory / FILE, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
-        try:
-            until = time.monotonic() + _PATIENCE
-            while not _take(self._fd):
+        self._path, until = directory / FILE, time.monotonic() + _PATIENCE
+        while True:
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+            try:
+                if _take(self._fd) and self._is_there():
+                    about = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
+                    os.ftruncate(self._fd, 0)
+                    os.write(self._fd, json.dumps(about).encode())
+                    return
                 if time.monotonic() > until:
                     raise Locked(_said(self._fd))
-                time.sleep(0.05)
-            about = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
-            os.ftruncate(self._fd, 0)
-            os.pwrite(self._fd, json.dumps(about).encode(), 0) if hasattr(os, "pwrite") else None
-        except BaseException:
+            except BaseException:
+                os.close(self._fd)
+                raise
             os.close(self._fd)
-            raise
+            time.sleep(0.05)
 
     def release(self) -> None:
-        """Let others have it. A second call does nothing."""
+        """Let others have it; the file goes. A second call does nothing."""
         if self._fd >= 0:
-            os.close(self._fd)  # which gives the lock back
+            with suppress(OSError):  # Windows keeps files that are open
+                self._path.unlink()
+            os.close(self._fd)
             self._fd = -1
+
+    def _is_there(self) -> bool:
+        """Whether what was locked still has the name: who had it before may have taken the file away meanwhile."""
+        try:
+            return os.path.samestat(os.fstat(self._fd), os.stat(self._path))
+        except FileNotFoundError:
+            return False
 
     def __enter__(self) -> Lock:
         return self
@@ -77,6 +89,7 @@ def _take(fd: int) -> bool:
 
             os.lseek(fd, 1 << 20, os.SEEK_SET)  # a byte past the text, as what is locked cannot be read
             msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+            os.lseek(fd, 0, os.SEEK_SET)
         else:
             import fcntl
 

@@ -85,7 +85,8 @@ def _train(
     if planned is not None:
         config = planned.config
         events.emit("plan", **as_event(planned))
-    training = config.training
+    training, recipe = config.training, dump_recipe(_without_secrets(config))
+    _keep(recipe, output)
     base = load_base(config, source, device, say)
     model = base.model if config.method == "full" else attach(base.model, config.lora, training.seed)
     model.train()
@@ -125,7 +126,6 @@ def _train(
             if planned is not None:
                 figures["planned"] = compared(planned, loop, device, say)
             facts = export.facts(figures | held_out.figures, data.train.rows.fingerprint, device_name(device))
-            recipe = dump_recipe(_without_secrets(config))
             export.write(output, model, data.tokenizer, recipe, source.name, source.revision, facts)
         except QLoRAError as error:
             with contextlib.suppress(QLoRAError):  # such as a full disk, which the log would meet too
@@ -215,6 +215,16 @@ def _make_room(output: Path, overwrite: bool) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     except OSError as error:
         raise TrainingError(f"{output}: training.output_dir cannot be used: {error.strerror}") from error
+
+
+def _keep(recipe: str, output: Path) -> None:
+    """The recipe lies beside the run from its start: whoever finds one that died can go on with it."""
+    try:
+        durable.replace_file(output / "recipe.yaml", recipe.encode())
+    except OSError as error:
+        raise durable.disk_error(
+            output / "recipe.yaml", error, len(recipe), "set another training.output_dir"
+        ) from error
 
 
 def _events(config: Config, output: Path, resume: bool, sinks: Sequence[Any] | None) -> Events:

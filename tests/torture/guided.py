@@ -1,0 +1,28 @@
+"""Fuzz one of `targets.TARGETS` by coverage: `python -m tests.torture.guided NAME DIRECTORY [-libFuzzer's options]`.
+
+The directory is for the files that the target reads, and for the corpus. libFuzzer ends the process, so it has one of
+its own. Takes atheris, which no run needs and not every Python has.
+"""
+
+import sys
+from pathlib import Path
+
+import atheris
+
+
+def main() -> None:
+    name, directory, *options = sys.argv[1:]
+    corpus = Path(directory, "corpus")
+    corpus.mkdir()
+    with atheris.instrument_imports(include=["qlora", "yaml"]):
+        from tests.torture.targets import TARGETS
+
+        target = TARGETS[name](Path(directory))
+    for number, seed in enumerate(target.seeds):
+        (corpus / str(number)).write_bytes(seed)
+    atheris.Setup([sys.argv[0], *options, f"-artifact_prefix={directory}/", str(corpus)], target.parse)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
