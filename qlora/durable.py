@@ -11,11 +11,12 @@ may come from anyone who can write there.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from stat import S_ISREG
 from typing import Annotated
@@ -146,18 +147,18 @@ def new_directory(place: Path) -> Iterator[Draft]:
         draft.path.mkdir(parents=True)
         yield draft
         draft.seal()
-        if place.exists():
-            os.rename(place, old)  # a directory does not replace another
+        if os.path.lexists(place):
+            os.rename(place, old)  # a directory replaces nothing
         try:
             os.rename(draft.path, place)
         except BaseException:
-            if old.exists():
+            if os.path.lexists(old):
                 os.rename(old, place)
             raise
         sync(place.parent)
     finally:
         for leftover in (draft.path, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+            _remove(leftover)
 
 
 @contextmanager
@@ -180,6 +181,7 @@ def new_files(directory: Path, last: str) -> Iterator[Draft]:
         for name in sorted(names, key=lambda name: name == last):
             if name == last:
                 sync(directory)
+            os.chmod(draft.path / name, (draft.path / last).stat().st_mode)  # libraries have ideas of their own
             os.replace(draft.path / name, directory / name)
         sync(directory)
     finally:
@@ -254,7 +256,12 @@ def free_disk_bytes(path: Path) -> int:
 
 
 def disk_error(path: Path, error: OSError, nbytes: int, advice: str) -> MachineError:
-    """The error for a disk that does not take `nbytes` bytes at `path`, with the numbers. advice: what to do."""
+    """The error for a disk that does not take `nbytes` bytes at `path`, with the numbers.
+
+    advice  what to do where it is full
+    """
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return MachineError(f"{path}: cannot be written: {error.strerror or error}")
     needed, free = readable(nbytes), readable(_free(path))
     return MachineError(
         f"{path}: cannot be written: {error.strerror or error} (needs {needed}, {free} are free)\n  {advice}"
@@ -273,11 +280,19 @@ def _free(path: Path) -> int:
         return 0
 
 
+def _remove(path: Path) -> None:
+    """A directory, a file or a link, as well as can be done."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
 def _unfinished(place: Path) -> Path:
     """A name beside it. Of a killed process with our number the leftover goes."""
     path = place.with_name(f".{place.name}.{os.getpid()}.unfinished")
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
+    _remove(path)
     return path
 
 

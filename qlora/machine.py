@@ -78,6 +78,16 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that a device or the host has no memory left. Not each allocator has an error of its own."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    said = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in said)
+
+
 def give_back_memory(device: torch.device) -> None:
     """Return to the system what allocators keep for later: torch's on an accelerator, the C library's on the host."""
     import ctypes

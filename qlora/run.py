@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora import durable
 from qlora.config import Config
 from qlora.data import chat
 from qlora.data.prepare import Data, prepare
 from qlora.data.show import show
-from qlora.errors import AdapterError, CheckpointError, DataError, QLoRAError, TrainingError
+from qlora.errors import AdapterError, DataError, MachineError
 from qlora.evaluate.generation import answer
 from qlora.evaluate.held_out import HeldOut
 from qlora.export import adapter as export
-from qlora.lock import Lock, Locked
-from qlora.machine import device_name, free_bytes, memory_kind, peak_memory_gib, pick_device
+from qlora.machine import device_name, free_bytes, is_out_of_memory, memory_kind, peak_memory_gib, pick_device
 from qlora.model.adapters import attach, load_adapter, trainable
 from qlora.model.load import Base, load_base
 from qlora.model.source import Source, open_source, read_tokenizer
+from qlora.output import LOG, claimed, keep_recipe, make_room
 from qlora.plan.training import as_event, compared, planned_for
 from qlora.recipe import dump_recipe, load_recipe
 from qlora.redact import redacted
@@ -50,22 +47,21 @@ def train(
 
     Raises a QLoRAError for whatever a user can mend.
     """
+    config = _at_home(config)
     output, news = Path(config.training.output_dir), []
-    _refuse_to_mix(output, resume, overwrite)
-    found = checkpoint.newest(output, news.append) if resume else None
     source = open_source(config.model)
-    tokenizer = source.tokenizer(config.model.trust_remote_code)
-    today = date.fromisoformat(found.state["identity"]["today"]) if found and found.state["identity"]["today"] else None
-    data = prepare(config, tokenizer, today)  # before the model is loaded: a mistake in a row should not wait for that
-    _check_vocabulary(data, source, config)
-    with _alone_in(output):
-        _make_room(output, overwrite and not resume)
+    with claimed(output, source.directory, resume=resume, overwrite=overwrite):
+        found = checkpoint.newest(output, news.append) if resume else None
+        # Before the model is loaded: a mistake in a row should not wait for that.
+        data = prepare(config, source.tokenizer(config.model.trust_remote_code), found.today if found else None)
+        _check_vocabulary(data, source, config)
+        make_room(output, overwrite and not resume)
         events = _events(config, output, resume, sinks)
 
         def say(text: str) -> None:
             events.emit("notice", text=text)
 
-        with contextlib.closing(events), _warnings_as_notices(say):
+        with contextlib.closing(events), _warnings_as_notices(say), _no_memory_as_error():
             for text in news:
                 say(text)
             return _train(config, source, data, found, events, say)
@@ -86,7 +82,10 @@ def _train(
         config = planned.config
         events.emit("plan", **as_event(planned))
     training, recipe = config.training, dump_recipe(_without_secrets(config))
-    _keep(recipe, output)
+    about = _about(config, source, data, device)
+    if found is not None:
+        _say_what_changed(found, about, say)
+    keep_recipe(recipe, output)
     base = load_base(config, source, device, say)
     model = base.model if config.method == "full" else attach(base.model, config.lora, training.seed)
     model.train()
@@ -106,16 +105,16 @@ def _train(
             events.emit,
             requested,
         )
-        parameters, about = trainable(model), _about(config, base, data, packing, device)
+        parameters = trainable(model)
         loop = Loop(step, parameters, data.epochs(packing), training, about, events.emit, held_out.loss)
         if found is not None:
             loop.resume(found)
         checkpoint.check_room(output, training, parameters, loop.saves, export.nbytes(model, data.tokenizer))
         events.emit("start", **_start(config, base, data, loop))
         _say_what_is_left_out(data, say)
-        if found is None:
-            held_out.answers(0)
         try:
+            if found is None:
+                held_out.answers(0)
             outcome = loop.run(requested)
             if not outcome.stopped:
                 held_out.loss(outcome.progress.step)
@@ -127,9 +126,10 @@ def _train(
                 figures["planned"] = compared(planned, loop, device, say)
             facts = export.facts(figures | held_out.figures, data.train.rows.fingerprint, device_name(device))
             export.write(output, model, data.tokenizer, recipe, source.name, source.revision, facts)
-        except QLoRAError as error:
-            with contextlib.suppress(QLoRAError):  # such as a full disk, which the log would meet too
-                events.emit("end", **_figures(loop, output, type(error).__name__))
+        except BaseException as error:
+            how = "interrupted" if isinstance(error, KeyboardInterrupt) else type(error).__name__
+            with contextlib.suppress(Exception):  # such as a full disk, which the log would meet too
+                events.emit("end", **_figures(loop, output, how))
             raise
         events.emit("end", **figures)
     return outcome
@@ -174,61 +174,29 @@ def show_data(config: Config, samples: int = 3) -> None:
     )
 
 
-def _refuse_to_mix(output: Path, resume: bool, overwrite: bool) -> None:
-    """Two runs in one directory, or a run to resume where there is none, are the user's to sort out."""
-    earlier = checkpoint.checkpoints(output)
-    if (earlier or export.is_there(output)) and not resume and not overwrite:
-        newest = f" (its newest checkpoint is {earlier[-1].name})" if earlier else ""
-        going_on = "--resume goes on with it, " if earlier else ""
-        raise CheckpointError(
-            f"{output}: holds a run already{newest}\n"
-            f"  {going_on}--overwrite removes it; or set another training.output_dir"
-        )
+def _at_home(config: Config) -> Config:
+    """With the user's directory where output_dir says `~`, as other paths of a recipe may."""
+    expanded = str(Path(config.training.output_dir).expanduser())
+    return config.model_copy(update={"training": config.training.model_copy(update={"output_dir": expanded})})
 
 
 @contextlib.contextmanager
-def _alone_in(output: Path) -> Iterator[None]:
-    """Make the output directory, and keep other runs out of it while the context lasts."""
+def _no_memory_as_error() -> Iterator[None]:
+    """Where it runs out outside of a step, which has ways to make do with less."""
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        held = Lock(output)
-    except Locked as error:
-        raise TrainingError(
-            f"{output}: a run is going on there: {error.holder}\n"
-            "  wait for it or stop it (Ctrl-C saves a checkpoint); or set another training.output_dir"
-        ) from None
-    except OSError as error:
-        raise TrainingError(f"{output}: training.output_dir cannot be used: {error.strerror}") from error
-    with held:
         yield
-
-
-def _make_room(output: Path, overwrite: bool) -> None:
-    """Rid the output directory of what a killed run left unfinished, or of all of an earlier one."""
-    try:
-        leftover = list(output.glob(durable.UNFINISHED))
-        if overwrite:
-            leftover += checkpoint.checkpoints(output)
-            (output / "events.jsonl").unlink(missing_ok=True)
-            export.remove(output)
-        for path in leftover:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    except OSError as error:
-        raise TrainingError(f"{output}: training.output_dir cannot be used: {error.strerror}") from error
-
-
-def _keep(recipe: str, output: Path) -> None:
-    """The recipe lies beside the run from its start: whoever finds one that died can go on with it."""
-    try:
-        durable.replace_file(output / "recipe.yaml", recipe.encode())
-    except OSError as error:
-        raise durable.disk_error(
-            output / "recipe.yaml", error, len(recipe), "set another training.output_dir"
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        said = (str(error) or type(error).__name__).split(". ")[0].split("\n")[0]
+        raise MachineError(
+            f"{said}\n  with less on the device: memory.layers_on_device, memory.embeddings: host,"
+            " memory.adapters: host; where there is a checkpoint --resume goes on from it"
         ) from error
 
 
 def _events(config: Config, output: Path, resume: bool, sinks: Sequence[Any] | None) -> Events:
-    log, every = output / "events.jsonl", config.training.logging_steps
+    log, every = output / LOG, config.training.logging_steps
     if sinks is None:
         history = read_events(log) if resume and log.exists() else ()
         sinks = [Terminal(logging_steps=every, history=history)]
@@ -266,25 +234,32 @@ def _check_vocabulary(data: Data, source: Source, config: Config) -> None:
         )
 
 
-def _about(config: Config, base: Base, data: Data, packing: bool, device: torch.device) -> checkpoint.Run:
+def _about(config: Config, source: Source, data: Data, device: torch.device) -> checkpoint.Run:
     """What must be the same for a checkpoint to be resumed, all that decides what the next step computes; and the rest,
     which may be another."""
     settings = config.model_dump(mode="json")
     kept = ("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "optim")
     decided = ("max_seq_length", "packing", "assistant_only_loss")
     name = settings["model"].pop("model_name_or_path")  # may have moved
+    rows = {key: settings["data"].pop(key) for key in decided} | data.fingerprints(config.data.packing)
     identity = {
         "method": config.method,
-        "model": settings.pop("model") | {"commit": base.source.revision, "fingerprint": base.source.fingerprint()},
+        "model": settings.pop("model") | {"commit": source.revision, "fingerprint": source.fingerprint()},
         "quantization": settings.pop("quantization") if config.method == "qlora" else None,
         "lora": settings.pop("lora") if config.method != "full" else None,
-        "data": {key: settings["data"].pop(key) for key in decided} | data.fingerprints(packing),
+        "data": rows,
         "chat_template": data.tokenizer.chat_template,
         "today": data.today,
         "training": {key: settings["training"].pop(key) for key in kept},
     }
     machine = {"device": device_name(device), "torch": version("torch"), "bitsandbytes": version("bitsandbytes")}
     return checkpoint.Run(identity, settings | {"model_name_or_path": name} | machine)
+
+
+def _say_what_changed(found: checkpoint.Checkpoint, about: checkpoint.Run, say: Callable[[str], None]) -> None:
+    """Before anything is loaded. Raises CheckpointError where the checkpoint is of another run."""
+    if changed := checkpoint.compare(found, about):
+        say(f"set otherwise than in {found.path.name}:" + "".join(f"\n  {line}" for line in changed))
 
 
 def _start(config: Config, base: Base, data: Data, loop: Loop) -> dict[str, Any]:

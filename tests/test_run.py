@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 import qlora
 from qlora import run
 from qlora.config import Config
-from qlora.errors import AdapterError, CheckpointError, DataError, NonFiniteLossError, TrainingError
+from qlora.errors import AdapterError, CheckpointError, DataError, MachineError, NonFiniteLossError, TrainingError
 from qlora.lock import Lock
 from qlora.report.events import read_events
 from tests import tiny
@@ -326,7 +326,7 @@ def test_a_loss_that_is_not_finite_names_step_and_row_and_keeps_the_last_checkpo
     with pytest.raises(NonFiniteLossError) as raised:
         run.train(config, sinks=[events.append])
     assert str(raised.value).splitlines()[:2] == [
-        "step 2: the loss is nan; no weight was changed by it",
+        "step 2: the loss is nan; no weight was changed by it; --resume goes on from checkpoint-1",
         f"  rows of this step: {tmp_path}/rows.jsonl:7",
     ]
     assert [event["step"] for event in of(events, "step")] == [1]
@@ -349,7 +349,9 @@ def test_rows_with_nothing_to_learn_and_rows_that_are_cut_are_told_of_before_the
 def test_a_tokenizer_of_another_model_is_said(checkpoint, tmp_path):
     model = shutil.copytree(checkpoint("llama"), tmp_path / "model")  # with a vocabulary of 128
     AutoTokenizer.from_pretrained(tiny.chat_model(checkpoint)).save_pretrained(model)
-    with pytest.raises(DataError, match=r"outside the model's vocabulary of 128: .*\n  .*rows.jsonl:1: token id \d+ \(`"):
+    with pytest.raises(
+        DataError, match=r"outside the model's vocabulary of 128: .*\n  .*rows.jsonl:1: token id \d+ \(`"
+    ):
         train(tiny.recipe(model, tmp_path))
 
 
@@ -456,3 +458,104 @@ def test_an_adapter_from_elsewhere_cannot_say_that_its_bases_code_is_to_be_run(c
     with pytest.raises(AdapterError, match=r"recipe.yaml: wants to run Python code .*\n.*--trust-remote-code"):
         qlora.generate(tmp_path / "out", "Who?")
     assert isinstance(qlora.generate(tmp_path / "out", "Who?", max_new_tokens=2, trust_remote_code=True), str)
+
+
+# --- whose directory it is
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_base_models_own_directory_is_not_trained_into(overwrite, checkpoint, tmp_path):
+    base = shutil.copytree(tiny.chat_model(checkpoint), tmp_path / "base")
+    before = {path.name: path.read_bytes() for path in base.iterdir()}
+    config = tiny.recipe(base, tmp_path, "full", training={"output_dir": str(base)})
+    with pytest.raises(CheckpointError, match=r"is the base model's directory; set another training\.output_dir"):
+        train(config, overwrite=overwrite)
+    assert {path.name: path.read_bytes() for path in base.iterdir()} == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "README.md", "tokenizer.json", "checkpoint-500/optimizer.pt"]
+)
+def test_files_that_are_no_runs_are_not_overwritten(name, overwrite, checkpoint, tmp_path):
+    precious = tmp_path / "out" / name
+    precious.parent.mkdir(parents=True)
+    precious.write_text("precious")
+    with pytest.raises(CheckpointError, match=f"holds files that are no run's .*{name.split('/')[0]}\n"):
+        train(tiny.recipe(tiny.chat_model(checkpoint), tmp_path), overwrite=overwrite)
+    assert precious.read_text() == "precious"
+
+
+def test_other_files_in_the_directory_are_left_alone(checkpoint, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    config = tiny.recipe(tiny.chat_model(checkpoint), tmp_path, training={"max_steps": 1})
+    train(config)
+    train(config, overwrite=True)
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "rows.jsonl", "rows.jsonl/below"])
+def test_a_directory_that_cannot_be_made_is_said(name, checkpoint, tmp_path):
+    with pytest.raises(TrainingError, match=r"training\.output_dir cannot be used: "):
+        train(tiny.recipe(tiny.chat_model(checkpoint), tmp_path, training={"output_dir": str(tmp_path / name)}))
+
+
+def test_the_users_home_is_meant_by_a_tilde(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    train(tiny.recipe(tiny.chat_model(checkpoint), tmp_path, training={"output_dir": "~/out", "max_steps": 1}))
+    assert (tmp_path / "home" / "out" / "run.json").is_file()
+
+
+# --- out of memory
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory."), MemoryError(), RuntimeError("CUDA error: out of memory")],
+    ids=repr,
+)
+def test_memory_that_runs_out_in_a_run_is_made_do_with_and_the_result_is_the_same(error, checkpoint, tmp_path):
+    """In the forward of every micro-batch of more than 20 tokens."""
+
+    def config(name):
+        (tmp_path / name).mkdir()
+        return tiny.recipe(tiny.chat_model(checkpoint), tmp_path / name, data={"packing": False})
+
+    _, expected = train(config("roomy"))
+    real = torch.nn.functional.embedding
+
+    def cramped(ids, *arguments, **keywords):
+        if ids.numel() > 60:
+            raise error
+        return real(ids, *arguments, **keywords)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "embedding", cramped)
+        outcome, events = train(config("cramped"))
+    assert outcome.stopped is None
+    told = [event["text"] for event in of(events, "notice")]
+    assert any("it is taken again with micro-batches of 1/2 the size, 2 times as many" in text for text in told)
+    losses, there = ([event["loss"] for event in of(each, "step")] for each in (events, expected))
+    assert losses == pytest.approx(there, rel=1e-5)  # the order of sums
+
+
+def test_memory_that_runs_out_beside_the_step_is_an_error_that_says_what_to_do(checkpoint, tmp_path, monkeypatch):
+    def none_left(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(run, "load_base", none_left)
+    with pytest.raises(MachineError, match=r"^CUDA out of memory\n  with less on the device: memory"):
+        train(tiny.recipe(tiny.chat_model(checkpoint), tmp_path))
+
+
+def test_a_run_that_is_interrupted_at_once_says_so(checkpoint, tmp_path):
+    def twice(event):
+        if event["event"] == "step" and event["step"] == 2:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    config = tiny.recipe(tiny.chat_model(checkpoint), tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, twice)
+    assert read_events(tmp_path / "out" / "events.jsonl")[-1]["stopped"] == "interrupted"

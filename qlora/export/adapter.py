@@ -86,6 +86,12 @@ def _full_disk_as_os_error() -> Iterator[None]:
         raise
 
 
+def written(directory: Path) -> list[Path]:
+    """What lies there under names that `write` writes, whoever wrote it; `run.json` last."""
+    found = {path for pattern in (*FILES, RUN_FILE) for path in directory.glob(pattern)}
+    return sorted(found, key=lambda path: (path.name == RUN_FILE, path.name))
+
+
 def is_there(directory: Path) -> bool:
     """Whether `write` has written there."""
     return (directory / RUN_FILE).is_file()
@@ -94,9 +100,8 @@ def is_there(directory: Path) -> bool:
 def remove(directory: Path) -> None:
     """Take away what `write` left there; the files of a directory that it has not written to are somebody else's."""
     if is_there(directory):
-        for pattern in (*FILES, RUN_FILE):
-            for path in directory.glob(pattern):
-                path.unlink()
+        for path in written(directory):
+            path.unlink()
 
 
 def facts(figures: Mapping[str, Any], data: str, device: str) -> dict[str, Any]:

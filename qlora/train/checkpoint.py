@@ -12,13 +12,16 @@ resumed from the newest one that is still what was written.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -31,12 +34,14 @@ from qlora.redact import redacted
 from qlora.train import generators, optim
 
 PREFIX = "checkpoint-"
+_NAME = re.compile(rf"{PREFIX}[1-9][0-9]{{0,11}}")
 STATE, WEIGHTS, OPTIMIZER = "state.json", "weights.safetensors", "optimizer.safetensors"
 _ADVICE = (
     "the last checkpoint is whole: with more room there --resume goes on from it;"
     " training.save_total_limit: 1 needs the least"
 )
 _BESIDE = 1 << 20  # bytes of a checkpoint that are no tensors: headers, the state, what a file system rounds up
+_MOST_STATE = 16 << 20  # bytes; a long chat template is most of it
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 
 
@@ -47,6 +52,25 @@ class Progress:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class _Progress(_Record):
+    step: Annotated[int, Field(ge=1)]
+    tokens: Annotated[int, Field(ge=0)]
+    seconds: Annotated[float, Field(ge=0)]
+
+
+class _State(_Record):
+    """What a checkpoint's JSON says; as strict as if anyone had written it."""
+
+    progress: _Progress
+    generators: dict[str, Any]
+    identity: dict[str, Any]
+    settings: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +87,18 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """One that was found to be what was written. state: what its JSON says."""
+    """One that was found to be what was written.
+
+    generators  their states
+    run         what it is of
+    today       the date that chat templates were given
+    """
 
     path: Path
-    state: Mapping[str, Any]
+    progress: Progress
+    generators: Mapping[str, Any]
+    run: Run
+    today: date | None
 
 
 def save(
@@ -112,7 +144,7 @@ def save(
 
 def checkpoints(directory: Path) -> list[Path]:
     """The checkpoints in a directory, oldest first."""
-    found = [p for p in directory.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdecimal() and p.is_dir()]
+    found = [p for p in directory.glob(f"{PREFIX}*") if _NAME.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
     return sorted(found, key=_step)
 
 
@@ -124,7 +156,7 @@ def newest(directory: Path, say: Callable[[str], object]) -> Checkpoint:
     passed_over = []
     for path in reversed(checkpoints(directory)):
         try:
-            return Checkpoint(path, _verified_state(path))
+            return _verified(path)
         except durable.Damaged as why:
             passed_over.append(f"{path.name}: {why}{_pickles_in(path)}")
             say(f"{passed_over[-1]}; it is passed over")
@@ -134,38 +166,39 @@ def newest(directory: Path, say: Callable[[str], object]) -> Checkpoint:
     raise CheckpointError(f"{directory}: has no checkpoint to resume from; without --resume the run starts there")
 
 
-def load(
-    found: Checkpoint,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    run: Run,
-) -> tuple[Progress, list[str]]:
-    """Put a checkpoint back into the trained weights, the optimizer and the generators.
+def compare(found: Checkpoint, run: Run) -> list[str]:
+    """In which settings a run differs from a checkpoint, a line each.
 
-    returns how far it is, and in which settings it differs from this run, a line each
-
-    Raises CheckpointError, and changes nothing, where it is of a run on another base, data, template or adapter.
+    Raises CheckpointError where it is of a run on another base, data, template or adapter, with what differs.
     """
-    path, state = found.path, found.state
     # Through JSON, as the other one was: tuples are lists there.
     ours = json.loads(json.dumps(redacted({"identity": run.identity, "settings": run.settings})))
-    if differing := _differences(state["identity"], ours["identity"]):
-        raise CheckpointError(f"{path}: belongs to another run\n" + "\n".join(f"  {line}" for line in differing))
+    if differing := _differences(found.run.identity, ours["identity"]):
+        raise CheckpointError(f"{found.path}: belongs to another run\n" + "\n".join(f"  {line}" for line in differing))
+    return _differences(found.run.settings, ours["settings"])
+
+
+def load(found: Checkpoint, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Progress:
+    """Put a checkpoint back into the trained weights, the optimizer and the generators; returns how far it is.
+
+    Raises CheckpointError where they are not those of this run.
+    """
+    path = found.path
     try:
         weights, optimizer_state = load_file(path / WEIGHTS), load_file(path / OPTIMIZER)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    if {name: w.shape for name, w in weights.items()} != {name: p.shape for name, p in parameters.items()}:
-        raise CheckpointError(f"{path}: holds other weights than this run trains")
+    if lost := optim.unlike(weights, parameters):
+        raise CheckpointError(f"{path}: holds other weights than this run trains: {lost}")
     try:
         optim.restore(optimizer, parameters, optimizer_state)
-        generators.restore(state["generators"], next(iter(parameters.values())).device)
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        generators.restore(found.generators, next(iter(parameters.values())).device)
+    except (RuntimeError, ValueError, TypeError, KeyError, OverflowError) as error:
         raise CheckpointError(f"{path}: its optimizer or generators are not this run's: {error}") from error
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
-    return Progress(**state["progress"]), _differences(state["settings"], ours["settings"])
+    return found.progress
 
 
 def nbytes(training: TrainingConfig, parameters: Mapping[str, nn.Parameter]) -> int:
@@ -200,19 +233,23 @@ def check_room(
         )
 
 
-def _verified_state(path: Path) -> dict[str, Any]:
-    """What the state of a checkpoint says. Raises Damaged where anything in it is not what was written."""
+def _verified(path: Path) -> Checkpoint:
+    """A checkpoint that is what was written. Raises Damaged where anything in it is not."""
     files = durable.verify(path)
     if missing := [name for name in (STATE, WEIGHTS, OPTIMIZER) if name not in files]:
         raise durable.Damaged(f"its manifest has no {missing[0]}")
+    if files[STATE].size > _MOST_STATE:
+        raise durable.Damaged(f"{STATE} has {files[STATE].size:,} bytes")
     try:
-        state = json.loads((path / STATE).read_bytes())
-        Progress(**state["progress"])
-        if not isinstance(state["identity"], dict) or not isinstance(state["settings"], dict):
-            raise TypeError("says nothing of its run")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise durable.Damaged(f"{STATE} is damaged: {error}") from error
-    return state
+        state = _State.model_validate_json((path / STATE).read_bytes())
+        if state.progress.step != _step(path):
+            raise ValueError(f"it is of step {state.progress.step}")
+        day = state.identity.get("today")
+        today = None if day is None else date.fromisoformat(day)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise durable.Damaged(f"{STATE} is damaged: {str(error).splitlines()[0]}") from error
+    progress = Progress(**state.progress.model_dump())
+    return Checkpoint(path, progress, state.generators, Run(state.identity, state.settings), today)
 
 
 def _pickles_in(path: Path) -> str:

@@ -29,10 +29,15 @@ def state(device: torch.device) -> dict[str, Any]:
 
 
 def restore(saved: Mapping[str, Any], device: torch.device) -> None:
-    """Put back what `state` gave. A device of another kind keeps its own. Raises ValueError, TypeError or KeyError."""
+    """Put back what `state` gave. A device of another kind keeps its own.
+
+    Raises ValueError, TypeError, KeyError, OverflowError or RuntimeError for what no generator can be in.
+    """
     version, numbers, gauss = saved["python"]
     random.setstate((version, tuple(numbers), gauss))
     name, keys, position, has_gauss, cached = saved["numpy"]
+    if len(keys) != 624 or not 0 <= position <= 624:  # NumPy reads where it is told to
+        raise ValueError("NumPy's generator has 624 numbers and is at one of them")
     np.random.set_state((name, np.asarray(keys, dtype=np.uint32), position, has_gauss, cached))
     torch.set_rng_state(_tensor(saved["torch"]))
     if device.type == "cuda" and "device" in saved:

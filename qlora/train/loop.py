@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torch import nn
 
 from qlora.config import TrainingConfig
 from qlora.errors import MachineError, NonFiniteLossError
-from qlora.machine import give_back_memory, memory_gib
+from qlora.machine import give_back_memory, is_out_of_memory, memory_gib
 from qlora.model.batch import Batch
 from qlora.train import checkpoint, optim
 from qlora.train.checkpoint import Progress
@@ -113,18 +113,15 @@ class Loop:
             training, parameters, self.schedule.steps, lambda text: emit("notice", text=text)
         )
         self.progress = Progress()
+        self._saved: Path | None = None  # the last checkpoint
 
     def resume(self, found: checkpoint.Checkpoint) -> Progress:
-        """Go back to a checkpoint, and say what is set otherwise now. Raises CheckpointError."""
-        self.progress, changed = checkpoint.load(found, self.parameters, self.optimizer, self.about)
-        if changed:
-            listed = "".join(f"\n  {line}" for line in changed)
-            self.emit("notice", text=f"set otherwise than in {found.path.name}:{listed}")
-        with warnings.catch_warnings():
-            # torch misses optimizer steps before these: they were another process's.
-            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-            for _ in range(self.progress.step):
-                self.scheduler.step()
+        """Go back to a checkpoint. Raises CheckpointError."""
+        self._saved, self.progress = found.path, checkpoint.load(found, self.parameters, self.optimizer)
+        if self.progress.step > self.schedule.steps:
+            self.emit("notice", text=f"{found.path.name} is past the {self.schedule.steps} steps of this run")
+        for _ in range(min(self.progress.step, self.schedule.steps)):
+            self.scheduler.step()
         return self.progress
 
     @property
@@ -194,10 +191,10 @@ class Loop:
         while True:
             try:
                 return self.step(batches, number)
-            except RuntimeError as error:
-                if not _no_memory(error):
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
                     raise
-                said = str(error).split(". ")[0].split("\n")[0]
+                said = (str(error) or type(error).__name__).split(". ")[0].split("\n")[0]
             # Not above: the exception holds what the step has had on the device.
             for parameter in self.parameters.values():
                 parameter.grad = None
@@ -205,10 +202,9 @@ class Loop:
             changed = self.step.relieve()
             if changed is None:
                 raise MachineError(
-                    f"step {number}: {said}\n"
-                    "  the last checkpoint is whole; to go on from it with less: a smaller"
-                    " training.per_device_train_batch_size or data.max_seq_length, memory.embeddings: host,"
-                    " memory.adapters: host, memory.layer_tile_tokens: 2048"
+                    f"step {number}: {said}; {self._to_go_on()}\n"
+                    "  with less on the device: memory.embeddings: host, memory.adapters: host,"
+                    " memory.layer_tile_tokens: 2048; or in a new run a smaller data.max_seq_length or lora.r"
                 )
             self.emit("notice", text=f"step {number}: {said}; it is taken again with {changed}")
 
@@ -231,29 +227,28 @@ class Loop:
             shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
             what = f"the loss is {result.loss}" if not math.isfinite(result.loss) else f"the gradient's norm is {value}"
             raise NonFiniteLossError(
-                f"step {number}: {what}; no weight was changed by it\n"
+                f"step {number}: {what}; no weight was changed by it; {self._to_go_on()}\n"
                 f"  rows of this step: {shown}\n"
-                "  try a lower training.learning_rate, or model.dtype: bfloat16 if it is float16"
+                "  try a lower training.learning_rate; or in a new run model.dtype: bfloat16, if it is float16"
             )
         if self.training.max_grad_norm > 0:
             with_grads = [p for p in self.parameters.values() if p.grad is not None]
             torch.nn.utils.clip_grads_with_norm_(with_grads, self.training.max_grad_norm, norm)
         return value
 
+    def _to_go_on(self) -> str:
+        """From where a run that ends here can be resumed."""
+        return f"--resume goes on from {self._saved.name}" if self._saved else "there is no checkpoint yet"
+
     def _save(self) -> None:
         started = time.perf_counter()
         directory, keep = Path(self.training.output_dir), self.training.save_total_limit
-        path = checkpoint.save(directory, self.progress, self.parameters, self.optimizer, self.about, keep)
-        self.emit("checkpoint", step=self.progress.step, path=str(path), seconds=time.perf_counter() - started)
+        self._saved = checkpoint.save(directory, self.progress, self.parameters, self.optimizer, self.about, keep)
+        self.emit("checkpoint", step=self.progress.step, path=str(self._saved), seconds=time.perf_counter() - started)
 
 
 def _due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
-
-
-def _no_memory(error: RuntimeError) -> bool:
-    """Whether a device has no memory left; the CPU's allocator has no class of error for that."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 @contextmanager
@@ -268,8 +263,12 @@ def stop_requested() -> Iterator[Requested]:
         return
 
     def note(signum: int, frame: Any) -> None:
-        if asked.is_set() and signum == signal.SIGINT:
-            signal.default_int_handler(signum, frame)
+        if signum == signal.SIGINT:
+            if asked.is_set():
+                signal.default_int_handler(signum, frame)
+            # Past all buffers and locks, as this may come in the middle of a print.
+            with suppress(OSError):
+                os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at once\n")
         asked.set()
 
     numbers = [signal.SIGINT, signal.SIGTERM]

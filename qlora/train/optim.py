@@ -80,23 +80,33 @@ def state_nbytes(training: TrainingConfig, parameters: Mapping[str, nn.Parameter
 def restore(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Put back what `state_tensors` gave."""
-    kept: dict[str, dict[str, torch.Tensor]] = {}
-    for full_name, tensor in tensors.items():
-        name, _, key = full_name.rpartition("//")
-        kept.setdefault(name, {})[key] = tensor
-    init_state = getattr(optimizer, "init_state", None)  # bitsandbytes'
-    for g, group in enumerate(optimizer.param_groups):
-        for i, parameter in enumerate(group["params"]):
-            name = next(name for name, other in parameters.items() if other is parameter)
-            state = optimizer.state[parameter]
-            if init_state is not None:  # it makes the buffers itself, so that paged ones are paged
-                init_state(group, parameter, g, i)
-            for key, tensor in kept.get(name, {}).items():
-                old = state.get(key)
-                if isinstance(old, torch.Tensor):
-                    old.copy_(tensor)
-                elif isinstance(old, int | float):
-                    state[key] = type(old)(tensor.item())
-                else:
-                    state[key] = tensor.to(parameter.device, copy=True)
+    """Put back what `state_tensors` gave. The weights are another one's to put back: they may have moved.
+
+    Raises ValueError, before anything is put back, where the tensors are not those of such an optimizer.
+    """
+    kept = {name.rpartition("//")[0] for name in tensors}  # a parameter that never had a gradient has no state
+    if not kept:
+        raise ValueError("there is no state")
+    # It makes its buffers itself, so that paged ones are paged.
+    settle(optimizer, [parameter for name, parameter in parameters.items() if name in kept])
+    if different := unlike(tensors, state_tensors(optimizer, parameters)):
+        raise ValueError(different)
+    for name, parameter in parameters.items():
+        state = optimizer.state[parameter]
+        for key in state.keys() - {*_CONSTANTS}:
+            saved, there = tensors[f"{name}//{key}"], state[key]
+            if isinstance(there, torch.Tensor):
+                there.copy_(saved)
+            else:
+                state[key] = type(there)(saved.item())
+
+
+def unlike(tensors: Mapping[str, torch.Tensor], ours: Mapping[str, torch.Tensor]) -> str:
+    """In which tensor, by name, shape or type, the first mapping differs from the second; "" where in none."""
+    for name in sorted(tensors.keys() | ours.keys()):
+        found, expected = (
+            f"{t.dtype} {list(t.shape)}" if (t := each.get(name)) is not None else "none" for each in (tensors, ours)
+        )
+        if found != expected:
+            return f"{name} is {found.removeprefix('torch.')}, expected {expected.removeprefix('torch.')}"
+    return ""

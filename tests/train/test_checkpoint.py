@@ -3,13 +3,16 @@
 Killed and full disks: see tests/torture.
 """
 
+import hashlib
 import json
 import random
+import re
 import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -38,7 +41,9 @@ def saved(directory, step=3, keep=None, fill=0.0, **settings):
 
 def load(directory, weights, optimizer, identity=IDENTITY, **settings):
     """From the newest that is whole: how far it is, and what is set otherwise."""
-    return checkpoint.load(newest(directory, print), weights, optimizer, Run(identity, settings))
+    found = newest(directory, print)
+    changed = checkpoint.compare(found, Run(identity, settings))
+    return checkpoint.load(found, weights, optimizer), changed
 
 
 def test_what_was_saved_is_loaded(tmp_path):
@@ -155,7 +160,7 @@ def test_the_bytes_of_a_checkpoint_are_known_before_there_is_one(name, tmp_path)
 def test_a_disk_that_cannot_hold_the_checkpoints_is_found_before_the_first_step(
     keep, saves, there, expected, tmp_path, monkeypatch
 ):
-    for step in range(there):
+    for step in range(1, there + 1):
         saved(tmp_path, step)
     training, (weights, _) = TrainingConfig(optim="adamw_torch", save_total_limit=keep), made()
     needed = expected * checkpoint.nbytes(training, weights) + 5000
@@ -204,3 +209,141 @@ def test_a_checkpoint_with_other_weights_is_refused(tmp_path):
     weights, optimizer = made()
     with pytest.raises(CheckpointError, match="holds other weights"):
         load(tmp_path, weights | {"c": nn.Parameter(torch.ones(1))}, optimizer)
+
+
+def rewritten(directory, name, change):
+    """Somebody changes a file of the newest checkpoint, and its manifest too."""
+    path = checkpoints(directory)[-1]
+    content = change((path / name).read_bytes())
+    (path / name).write_bytes(content)
+    manifest = json.loads((path / durable.MANIFEST).read_bytes())
+    manifest["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (path / durable.MANIFEST).write_text(json.dumps(manifest))
+
+
+HOSTILE = {
+    **{f"step {value!r}": (("progress", "step"), value) for value in (10**18, -1, 0, 4, "3", 3.5, [], True, None)},
+    **{f"tokens {value!r}": (("progress", "tokens"), value) for value in (-1, "x", 1.5)},
+    **{f"seconds {value!r}": (("progress", "seconds"), value) for value in (-1e300, None, "x")},
+    **{f"today {value!r}": (("identity", "today"), value) for value in (5, "gestern", [])},
+    "identity []": (("identity",), []),
+    "settings None": (("settings",), None),
+    "another key": (("more",), 1),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_state_that_no_run_can_be_in_is_damage_though_its_manifest_says_otherwise(case, tmp_path):
+    saved(tmp_path, 3)
+    keys, value = HOSTILE[case]
+
+    def change(content):
+        state = place = json.loads(content)
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = value
+        return json.dumps(state).encode()
+
+    rewritten(tmp_path, checkpoint.STATE, change)
+    with pytest.raises(CheckpointError, match=r"checkpoint-3: state.json is damaged"):
+        newest(tmp_path, print)
+
+
+def test_infinite_seconds_are_damage_too(tmp_path):
+    saved(tmp_path, 3)
+    rewritten(tmp_path, checkpoint.STATE, lambda content: re.sub(rb'"seconds": [0-9.]+', b'"seconds": NaN', content))
+    with pytest.raises(CheckpointError, match=r"checkpoint-3: state.json is damaged"):
+        newest(tmp_path, print)
+
+
+GENERATORS = {
+    "python": ([3, [10**30] * 625, None], [3, [0] * 5, None], "x", None),
+    "numpy": (
+        ["MT19937", [0] * 624, 10**9, 0, 0.0],  # NumPy would read there
+        ["MT19937", [0] * 624, -5, 0, 0.0],
+        ["MT19937", [0] * 10, 1, 0, 0.0],
+        ["MT19937", [-1] * 624, 1, 0, 0.0],
+        ["PCG64", [0] * 624, 1, 0, 0.0],
+    ),
+    "torch": ("00", "zz", "", 5),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in GENERATORS.items() for value in values])
+def test_a_state_that_no_generator_can_be_in_is_refused(name, value, tmp_path):
+    saved(tmp_path, 3)
+
+    def change(content):
+        state = json.loads(content)
+        state["generators"][name] = value
+        return json.dumps(state).encode()
+
+    rewritten(tmp_path, checkpoint.STATE, change)
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        with pytest.raises(CheckpointError, match=r"checkpoint-3: its optimizer or generators are not this run's"):
+            load(tmp_path, *made())
+    finally:
+        random.setstate(before[0]), np.random.set_state(before[1]), torch.set_rng_state(before[2])
+
+
+@pytest.mark.parametrize("optim_name", ["adamw_torch", "adamw_8bit"])
+@pytest.mark.parametrize("harm", ["other shapes", "other types", "one is missing", "one too many", "none"])
+@pytest.mark.parametrize("file", [checkpoint.WEIGHTS, checkpoint.OPTIMIZER])
+def test_tensors_that_are_not_this_runs_are_refused_before_they_are_used(file, harm, optim_name, tmp_path):
+    """A state of one element would be read past its end by a fused optimizer."""
+    save(tmp_path, Progress(3), *made(1.0, optim_name, 96), Run(IDENTITY, {}), None)
+
+    def change(content):
+        tensors = safetensors.torch.load(content)
+        first = next(name for name in sorted(tensors) if tensors[name].numel() > 1)
+        match harm:
+            case "other shapes":
+                tensors[first] = tensors[first].flatten()[:1].clone()
+            case "other types":
+                tensors[first] = tensors[first].to(torch.float64)
+            case "one is missing":
+                del tensors[first]
+            case "one too many":
+                tensors["x//exp_avg"] = torch.zeros(3)
+            case "none":
+                tensors = {}
+        return safetensors.torch.save(tensors)
+
+    rewritten(tmp_path, file, change)
+    with pytest.raises(CheckpointError, match=r"holds other weights|its optimizer or generators are not"):
+        load(tmp_path, *made(2.0, optim_name, 96))
+
+
+def test_a_parameter_that_never_had_a_gradient_has_no_state_and_is_resumed_so(tmp_path):
+    weights, optimizer = made(1.0)
+    optimizer.state.pop(weights["b"])
+    save(tmp_path, Progress(3), weights, optimizer, Run(IDENTITY, {}), None)
+    others, other = made(2.0)
+    other.state.clear()
+    other.zero_grad()
+    load(tmp_path, others, other)
+    assert not other.state[others["b"]] and torch.equal(
+        other.state[others["a"]]["exp_avg"], optimizer.state[weights["a"]]["exp_avg"]
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["checkpoint-0004", "checkpoint-\u0664", "checkpoint-" + "9" * 200, "checkpoint-4x", "checkpoint-0"]
+)
+def test_what_only_looks_like_a_checkpoint_is_none(name, tmp_path):
+    before = saved(tmp_path, 3)
+    shutil.copytree(before, tmp_path / name)
+    assert checkpoints(tmp_path) == [before]
+
+
+def test_a_link_is_no_checkpoint_and_what_stands_in_the_place_of_one_makes_room_for_it(tmp_path):
+    elsewhere = saved(tmp_path / "elsewhere", 4)
+    (tmp_path / "checkpoint-4").symlink_to(elsewhere)
+    (tmp_path / "checkpoint-5").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "checkpoint-6").write_text("a file")
+    assert checkpoints(tmp_path) == []
+    for step in (4, 5, 6):
+        saved(tmp_path, step)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-5", "checkpoint-6"]
+    assert elsewhere.is_dir() and not list(tmp_path.glob(durable.UNFINISHED))
