@@ -16,6 +16,7 @@ import difflib
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,13 @@ def _read(file: Path, problems: Problems) -> Iterator[Row]:
         if not file.is_file():  # opening a pipe would wait for somebody to write into it
             problems.add(where, "expected a file; got a pipe, a device or a socket", rest_unread=True)
             return
-        if file.suffix.lower() != ".parquet" and (encoding := _wide_encoding(file)):
+        with file.open("rb") as content:
+            start = content.read(64)
+        for magic, (what, advice) in _NO_ROWS.items():
+            if start.startswith(magic):
+                problems.add(where, f"expected rows; got {what}", rest_unread=True, advice=advice)
+                return
+        if file.suffix.lower() != ".parquet" and (encoding := _wide_encoding(start[:4])):
             problems.add(where, f"expected UTF-8; got {encoding}", rest_unread=True, advice=_SAVE_AS_UTF8)
             return
         yield from _READERS[file.suffix.lower()](file, problems)
@@ -73,13 +80,19 @@ def _read(file: Path, problems: Problems) -> Iterator[Row]:
         problems.add(where, "takes more memory than there is", rest_unread=True)
 
 
+# What a file that has no rows begins with, what it is, and what to do about it.
+_NO_ROWS = {
+    b"version https://git-lfs": ("a Git LFS pointer", "`git lfs pull` fetches the files that Git LFS pointers stand for"),
+    b"\x1f\x8b": ("what gzip compressed", "unpack compressed files: gunzip FILE"),
+    b"PK\x03\x04": ("a ZIP archive", "unpack ZIP archives: unzip FILE"),
+    b"\x28\xb5\x2f\xfd": ("what zstd compressed", "unpack compressed files: unzstd FILE"),
+    b"\xfd7zXZ\0": ("what xz compressed", "unpack compressed files: unxz FILE"),
+}
 _SAVE_AS_UTF8 = "UTF-16 and UTF-32 can be converted: iconv -f UTF-16 -t UTF-8 OLD > NEW"
 
 
-def _wide_encoding(file: Path) -> str:
-    """UTF-16 or UTF-32 where a file begins as those do, with a mark or with ASCII letters between NULs; else ""."""
-    with file.open("rb") as content:
-        start = content.read(4)
+def _wide_encoding(start: bytes) -> str:
+    """UTF-16 or UTF-32 where four bytes begin as those do, with a mark or with ASCII letters between NULs; else ""."""
     if start in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE):
         return "UTF-32"
     marked = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
@@ -188,8 +201,8 @@ def _end_of_row(text: str, position: int) -> int | None:
     return None
 
 
-# A string is passed over whole. Possessive, as one without an end would be tried from each of its letters.
-_BRACKETS = re.compile(r'"(?:[^"\\]++|\\.)*+"|[\[\]{}]', re.DOTALL)
+# A string is passed over whole, also one without an end, which would be tried from each of its letters and quotes.
+_BRACKETS = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
 
 
 def _csv_rows(path: Path, problems: Problems) -> Iterator[Row]:
@@ -322,9 +335,8 @@ class _Refused(ValueError):
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise _Refused(f"`{twice}`: expected each key once; got it {names.count(twice)} times")
+        [(twice, times)] = Counter(name for name, _ in pairs).most_common(1)
+        raise _Refused(f"`{twice}`: expected each key once; got it {times} times")
     return row
 
 

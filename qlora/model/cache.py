@@ -47,6 +47,7 @@ from qlora.model.transfer import PAGE, host_buffer
 FORMAT = 1  # of a cache's directory: the manifest's fields, the layout of shards, the form of a four-bit weight
 
 _DAY = 24 * 3600
+_MOST_MANIFEST = 64 << 20  # bytes; that of a model of 126 layers takes one
 _LEFTOVER = re.compile(r".+\.(?:building|stale)-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{8}")
 
 # A manifest may come from anyone who can write to the directory: it names files in that directory and nothing else.
@@ -64,7 +65,7 @@ class PartRecord(_Record):
     """One tensor of a shard. dtype: safetensors' name for it."""
 
     dtype: _Dtype
-    shape: tuple[_Size, ...]
+    shape: Annotated[tuple[_Size, ...], Field(max_length=8)]
     crc32: _Checksum
 
 
@@ -361,6 +362,8 @@ def _directory(home: Path, source: Source, settings: Mapping[str, Any], dtype: t
 
 def _read_manifest(directory: Path) -> Manifest:
     try:
+        if (size := (directory / MANIFEST).stat().st_size) > _MOST_MANIFEST:
+            raise _UnusableError(f"{MANIFEST} has {size:,} bytes")
         raw = json.loads((directory / MANIFEST).read_bytes())
         if isinstance(raw, dict) and raw.get("format") != FORMAT:
             raise _UnusableError(f"it has format {raw.get('format')!r}, this version of qlora reads {FORMAT}")

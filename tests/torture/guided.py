@@ -1,9 +1,11 @@
 """Fuzz one of `targets.TARGETS` by coverage: `python -m tests.torture.guided NAME DIRECTORY [-libFuzzer's options]`.
 
 The directory is for the files that the target reads, and for the corpus. libFuzzer ends the process, so it has one of
-its own. Takes atheris, which no run needs and not every Python has.
+its own, and fails where that comes to hold 64 MiB more than before the first case. Takes atheris, which no run needs
+and not every Python has.
 """
 
+import resource
 import sys
 from pathlib import Path
 
@@ -20,7 +22,9 @@ def main() -> None:
         target = TARGETS[name](Path(directory))
     for number, seed in enumerate(target.seeds):
         (corpus / str(number)).write_bytes(seed)
-    atheris.Setup([sys.argv[0], *options, f"-artifact_prefix={directory}/", str(corpus)], target.parse)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024 + 64
+    options += [f"-rss_limit_mb={most}", f"-artifact_prefix={directory}/"]
+    atheris.Setup([sys.argv[0], *options, str(corpus)], target.parse)
     atheris.Fuzz()
 
 

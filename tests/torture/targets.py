@@ -225,7 +225,9 @@ def cache_manifest(place: Path) -> Target:
         said: list[str] = []
         found = open_cache(place / "home", source, {}, torch.float32, said.append)
         assert (found is None) == bool(said)
-        for group in found.groups if found else ():
+        if found is None:
+            return
+        for group in found.groups:
             try:
                 found.tensors(group)
             except ModelError as error:

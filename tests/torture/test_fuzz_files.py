@@ -1,7 +1,10 @@
-"""Any bytes where a recipe, rows, a header or a manifest should be: read, or refused with an error of ours. That's all."""
+"""Any bytes where a recipe, rows, a header or a manifest should be: read, or refused with an error of ours."""
 
 import json
+import re
 import struct
+import time
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,6 +98,9 @@ def _bounded_memory() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
+# ---- any bytes -------------------------------------------------------------------------------------------------------
+
+
 @pytest.fixture(scope="module", params=TARGETS)
 def target(request, tmp_path_factory) -> tuple[Target, st.SearchStrategy[bytes]]:
     made = TARGETS[request.param](tmp_path_factory.mktemp(request.param))
@@ -110,3 +116,64 @@ def test_any_bytes_are_read_or_an_error_of_ours_in_little_memory(target, data):
     content = data.draw(found)
     with _bounded_memory():
         made.parse(content)
+
+
+# ---- absurd ones, up to some MB --------------------------------------------------------------------------------------
+
+DEEP, NAMES = b"[" * (1 << 18), [b"%d" % number for number in range(1 << 16)]
+ABSURD = {
+    ("recipe", "4 MB"): b" " * (4 << 20),
+    ("recipe", "lists in lists"): b"a: " + DEEP[:250_000],
+    ("recipe", "keys of keys"): b"? " * 125_000,
+    ("recipe", "text without an end"): b"a: '" + b"''" * 125_000,
+    ("recipe", "keys"): b": 1\n".join(NAMES[:32_000]),
+    ("recipe", "aliases of aliases"): b"a: &a0 []\n"
+    + b"".join(b"a%d: &a%d [%s]\n" % (n, n, b", ".join([b"*a%d" % (n - 1)] * 9)) for n in range(1, 99)),
+    ("recipe", "digits"): b"a: " + b"9" * 250_000,
+    ("json_lines", "a key twice among many"): b'{"0": 0, "%s": 0, "0": 0}' % b'": 0, "'.join(NAMES[1:]),
+    ("json_lines", "lists in lists"): DEEP,
+    ("json_lines", "digits"): b'{"text": "a", "n": %s}' % (b"9" * (4 << 20)),
+    ("json_list", "text without an end"): b'[{"text": "' + b'x\\"' * (1 << 20),
+    ("json_list", "objects without an end"): b"[" + b"{" * (1 << 18),
+    ("csv", "a cell without an end"): b"text\n" + b'"' * ((1 << 21) + 1),
+    ("csv", "columns of one name"): b"a," * (1 << 19),
+    ("gguf_header", "entries"): b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 16) + bytes(4 << 20),
+    ("gguf_header", "a list of texts"): b"GGUF"
+    + struct.pack("<IQQQcIIQ", 3, 1, 1, 1, b"k", 9, 8, 1 << 19)
+    + bytes(4 << 20),
+    ("safetensors_header", "a header of 2**62 bytes"): struct.pack("<Q", 1 << 62) + bytes(4 << 20),
+    ("safetensors_header", "lists in lists"): struct.pack("<Q", len(DEEP)) + DEEP,
+    ("index", "lists in lists"): b'{"weight_map": ' + DEEP,
+    ("index", "names"): b'{"weight_map": {"%s": 0}}' % b'": "m-1.safetensors", "'.join(NAMES),
+    ("checkpoint_manifest", "4 MB"): b" " * (4 << 20),
+    ("checkpoint_manifest", "lists in lists"): b'{"files": ' + DEEP,
+    ("cache_manifest", "lists in lists"): b'{"format": 1, "shards": ' + DEEP,
+    ("run_log", "lists in lists"): b'{"event": "start", "steps": %s\n' % DEEP,
+    ("run_log", "a line of 4 MB"): b'{"event": "start", "steps": %s\n' % (b"9" * (4 << 20)),
+}
+
+
+@pytest.mark.parametrize(("name", "what"), ABSURD)
+def test_an_absurd_file_takes_seconds_and_less_than_64_mib(name, what, tmp_path):
+    target = TARGETS[name](tmp_path)
+    target.parse(target.seeds[0])
+    began = time.process_time()
+    tracemalloc.start()
+    try:
+        with _bounded_memory():
+            target.parse(ABSURD[name, what])
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
+    assert time.process_time() - began < 10  # most take less than one; what goes with the square, hours
+
+
+def test_a_cache_whose_manifest_is_absurd_is_not_used(tmp_path):
+    target = TARGETS["cache_manifest"](tmp_path)
+    # A product of millions of digits; more bytes than there may be memory for.
+    shape = b'"shape": [%s' % b", ".join([b"9" * 18] * (1 << 17))
+    for content in (re.sub(rb'"shape": \[[^]]*', shape, target.seeds[0]), bytes(80 << 20)):
+        began = time.process_time()
+        with _bounded_memory():
+            target.parse(content)
+        assert time.process_time() - began < 10
