@@ -88,6 +88,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in said)
 
 
+def first_words(error: BaseException) -> str:
+    """What an error says, less the advice and the figures that allocators add."""
+    return (str(error) or type(error).__name__).split(". ")[0].split("\n")[0]
+
+
 def give_back_memory(device: torch.device) -> None:
     """Return to the system what allocators keep for later: torch's on an accelerator, the C library's on the host."""
     import ctypes

@@ -53,7 +53,7 @@ def make_room(output: Path, overwrite: bool) -> None:
     try:
         leftover = list(output.glob(durable.UNFINISHED))
         if overwrite:
-            leftover += checkpoint.checkpoints(output)
+            leftover += [*checkpoint.checkpoints(output), *output.glob(f"{LOG}.damaged")]
             export.remove(output)
             if (output / LOG).exists():  # the last to go, as it tells that the rest is a run's
                 leftover.append(output / LOG)

@@ -17,7 +17,15 @@ from qlora.errors import AdapterError, DataError, MachineError
 from qlora.evaluate.generation import answer
 from qlora.evaluate.held_out import HeldOut
 from qlora.export import adapter as export
-from qlora.machine import device_name, free_bytes, is_out_of_memory, memory_kind, peak_memory_gib, pick_device
+from qlora.machine import (
+    device_name,
+    first_words,
+    free_bytes,
+    is_out_of_memory,
+    memory_kind,
+    peak_memory_gib,
+    pick_device,
+)
 from qlora.model.adapters import attach, load_adapter, trainable
 from qlora.model.load import Base, load_base
 from qlora.model.source import Source, open_source, read_tokenizer
@@ -25,7 +33,7 @@ from qlora.output import LOG, claimed, keep_recipe, make_room
 from qlora.plan.training import as_event, compared, planned_for
 from qlora.recipe import dump_recipe, load_recipe
 from qlora.redact import redacted
-from qlora.report.events import EventLog, Events, read_events
+from qlora.report.events import EventLog, Events, readable_events
 from qlora.report.terminal import Terminal
 from qlora.report.trackers import Trackers
 from qlora.train import checkpoint
@@ -188,7 +196,7 @@ def _no_memory_as_error() -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        said = (str(error) or type(error).__name__).split(". ")[0].split("\n")[0]
+        said = first_words(error)
         raise MachineError(
             f"{said}\n  with less on the device: memory.layers_on_device, memory.embeddings: host,"
             " memory.adapters: host; where there is a checkpoint --resume goes on from it"
@@ -197,13 +205,20 @@ def _no_memory_as_error() -> Iterator[None]:
 
 def _events(config: Config, output: Path, resume: bool, sinks: Sequence[Any] | None) -> Events:
     log, every = output / LOG, config.training.logging_steps
+    history, unread = readable_events(log) if resume and log.exists() else ([], None)
     if sinks is None:
-        history = read_events(log) if resume and log.exists() else ()
         sinks = [Terminal(logging_steps=every, history=history)]
         if config.training.report_to:
             # Last, as sinks close last first: what a tracker loses on closing is still logged and printed.
             sinks.append(Trackers(config.training.report_to, output, config.model_dump(), every))
-    return Events([EventLog(log), *sinks])
+    written = EventLog(log)
+    events = Events([written, *sinks])
+    if written.set_aside is not None:
+        lies = f"all of it lies in {written.set_aside.name}, what came before the damage is kept"
+        events.emit("notice", text=f"{log}: is damaged; {lies}")
+    elif unread is not None:
+        events.emit("notice", text=unread)
+    return events
 
 
 @contextlib.contextmanager
@@ -283,7 +298,7 @@ def _start(config: Config, base: Base, data: Data, loop: Loop) -> dict[str, Any]
         "rows_skipped": data.skipped,
         "tokens_per_epoch": sum(len(example.input_ids) for example in examples),
         "supervised_per_epoch": sum(example.supervised for example in examples),
-        "epochs": config.training.num_train_epochs,
+        "epochs": None if config.training.max_steps > 0 else config.training.num_train_epochs,
     }
 
 

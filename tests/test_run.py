@@ -559,3 +559,15 @@ def test_a_run_that_is_interrupted_at_once_says_so(checkpoint, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(config, twice)
     assert read_events(tmp_path / "out" / "events.jsonl")[-1]["stopped"] == "interrupted"
+
+
+@pytest.mark.parametrize("harm", [b"garbage\n", b'{"event": "step", "step": "x"}\n', b"\0" * 4096 + b"\n"])
+def test_a_damaged_log_stops_no_resume_and_is_kept(harm, halfway, tmp_path):
+    output = shutil.copytree(halfway.training.output_dir, tmp_path / "out")
+    log = output / "events.jsonl"
+    log.write_bytes(harm + log.read_bytes())
+    before = log.read_bytes()
+    outcome, events = train(changed(halfway, training={"output_dir": str(output)}), resume=True)
+    assert outcome.stopped is None and (output / "events.jsonl.damaged").read_bytes() == before
+    assert any("is damaged; all of it lies in events.jsonl.damaged" in event["text"] for event in of(events, "notice"))
+    assert read_events(log)[-1]["event"] == "end"

@@ -17,15 +17,18 @@ The newline after <|im_end|> is not learned: generation has stopped by then, and
 from __future__ import annotations
 
 import re
+import time
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from datetime import date, datetime, time
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from jinja2 import TemplateError
 
+from qlora.data import limits
 from qlora.data.formats import Conversation
 from qlora.data.limits import CHARACTERS, LimitReached, Limits, refuse_powers
 from qlora.data.problems import Problems
@@ -76,7 +79,8 @@ class Tokenized:
 
     nothing_to_learn  rows left out because no supervised token is left, mostly by truncation
     rewritten         rows in which an earlier assistant turn is rendered otherwise than it was when it was the last one
-                      (Qwen3 takes its thoughts away); it is learned as it stands in the whole conversation
+                      (Qwen3 takes its thoughts away); it is learned as it stands in the whole conversation. Turns
+                      that are cut off are not looked at
     refused           rows that the chat template can't render
     dated             whether the template writes today's date
     """
@@ -107,7 +111,7 @@ def tokenize(
     of about equal length, each with the BOS, so that nothing of it is lost.
 
     problems  what is wrong already; gains the rows that the template can't render, for the caller to check. Where it
-              refuses the data anyway, the other rows are rendered to find what is wrong with them, and not tokenized
+              refuses the data anyway, the other rows are looked through for what is wrong with them, and not kept
     today     the date for templates that write one; None is the day of the call
 
     Raises DataError, once for all rows that the template can't render, where no `problems` are given; or where there is
@@ -121,12 +125,17 @@ def tokenize(
     done: dict[int, list[Example]] = {}  # by identity: a row that is repeated by its weight is tokenized once
     conversations = list(conversations)
     for rendered in _rendered_chunks(encoder, {id(row): row for row in conversations}.values(), problems, result):
+        encoded = encoder.encode([text.text for _, text in rendered])
+        found: list[tuple[Conversation, _Rendered, list[int], list[Span]]] = []
+        with encoder.limits:
+            for (row, text), (ids, offsets) in zip(rendered, encoded, strict=True):
+                with _noting(row, problems, result):
+                    kept = encoder.kept(text.text, ids, offsets, max_seq_length)
+                    found.append((row, encoder.with_spans(row, text, kept), ids, offsets))
         if problems.refused:
             continue
-        encoded = encoder.encode([text.text for _, text in rendered])
-        for (row, text), (ids, offsets) in zip(rendered, encoded, strict=True):
-            spans = text.spans if assistant_only_loss else [(0, len(text.text))]
-            labels = _labels(ids, offsets, spans)
+        for row, text, ids, offsets in found:
+            labels = _labels(ids, offsets, text.spans if assistant_only_loss else [(0, len(text.text))])
             done[id(row)] = examples = encoder.examples(row, text, ids, labels, max_seq_length)
             if text.rewritten:
                 result.rewritten.append(row.where)
@@ -187,7 +196,10 @@ class _TemplateFails(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Rendered:
-    """A text to tokenize, the characters of it that are learned, and whether the template is left to close it."""
+    """A text to tokenize, the characters of it that are learned, and whether EOS is still to close it.
+
+    A conversation's spans are found when it is known how much of it is kept: `_Encoder.with_spans`.
+    """
 
     text: str
     spans: list[Span]
@@ -244,7 +256,12 @@ class _Encoder:
             prompt = self.prompt(row.messages[:-1], row.format)
             text = prompt + row.messages[-1]["content"]
             return _Rendered(text, [(len(prompt), len(text))], add_eos=True)
-        return self._chat(row.messages)
+        return _Rendered(self._template(row.messages), [], add_eos=False)
+
+    def kept(self, text: str, ids: list[int], offsets: list[Span], max_seq_length: int) -> int:
+        """Characters of the text up to the end of the last token that `examples` keeps of a conversation."""
+        cut = len(ids) - len(self.without_bos(ids)) + max_seq_length - len(self.bos_ids)
+        return offsets[cut - 1][1] if 0 < cut < len(ids) else len(text)
 
     def prompt(self, messages: list[dict[str, str]], layout: str) -> str:
         """The text up to where the answer begins."""
@@ -319,7 +336,7 @@ class _Encoder:
             raise DataError(f"data.chat_template: {error}") from error
         except LimitReached as error:
             raise DataError(f"the chat template is at fault: {error}") from error
-        midnight = datetime.combine(today, time())
+        midnight = datetime(today.year, today.month, today.day)
         template, found = _NOW.subn(lambda match: repr(midnight.strftime(match[2])), template)
         return template, bool(found)
 
@@ -340,17 +357,36 @@ class _Encoder:
             )
         return tail[: token.end()], cast(int, self.tokenizer.convert_tokens_to_ids(token.group()))
 
-    def _chat(self, messages: list[dict[str, str]]) -> _Rendered:
-        """The rendered conversation and its assistant turns, each with the token that closes it."""
-        text = self._template(messages)
+    def with_spans(self, row: Conversation, rendered: _Rendered, kept: int) -> _Rendered:
+        """A rendered conversation with its assistant turns, each with the token that closes it.
+
+        kept  characters; turns that begin behind them are not looked for, as nothing of them is trained on
+
+        Each turn takes renderings of the whole, so that a row of very many has a limit of its own.
+        """
+        if rendered.add_eos:
+            return rendered
+        messages, text = row.messages, rendered.text
+        end_of_patience = time.monotonic() + limits.SECONDS
+
+        def look_at_the_clock() -> None:
+            if time.monotonic() > end_of_patience:
+                raise _TemplateFails(
+                    f"its {len(messages):,} turns take the chat template more than {limits.SECONDS:g} s; split the row"
+                )
+
         for turn in messages:
             if turn["role"] == "system" and turn["content"].strip() not in text:
                 raise _TemplateFails("the chat template leaves out the system turn; put it into the user's first turn")
+            look_at_the_clock()
         spans: list[Span] = []
         rewritten = False
         for number, turn in enumerate(messages):
             if turn["role"] != "assistant":
                 continue
+            if spans and spans[-1][1] >= kept:
+                break
+            look_at_the_clock()
             marked = [*messages[:number], {**turn, "content": _PLACEHOLDER}, *messages[number + 1 :]]
             before, found, after = self._template(marked).partition(_PLACEHOLDER)
             if not found or _PLACEHOLDER in after or not text.endswith(after):
@@ -371,9 +407,9 @@ class _Encoder:
             elif token := self.special.match(text, end):  # gpt-oss closes the last turn otherwise than those before
                 end = token.end()
             spans.append((start, end))
-            if not last:
-                rewritten |= not self._template(messages[: number + 1]).startswith(text[:end])
-        return _Rendered(text, spans, add_eos=False, rewritten=rewritten)
+            if not (last or rewritten):
+                rewritten = not self._template(messages[: number + 1]).startswith(text[:end])
+        return replace(rendered, spans=spans, rewritten=rewritten)
 
     def _generation_prompt(self, messages: list[dict[str, str]]) -> str | None:
         """What inference would give the model here; None where it can't ask (an assistant that speaks first)."""
@@ -410,17 +446,24 @@ def _rendered_chunks(
         with encoder.limits:
             for row in waiting:
                 more = True
-                try:
+                with _noting(row, problems, result):
                     chunk.append((row, text := encoder.render(row)))
                     characters += len(text.text)
-                except _TemplateFails as error:
-                    problems.add(row.where, str(error), advice="`data.chat_template` sets another chat template")
-                    result.refused.append(row)
-                except LimitReached as error:  # every row would take as long
-                    raise DataError(f"{row.where}: the chat template is at fault: {error}") from error
                 if len(chunk) >= _CHUNK or characters >= _CHUNK_CHARACTERS:
                     break
         yield chunk
+
+
+@contextmanager
+def _noting(row: Conversation, problems: Problems, result: Tokenized) -> Iterator[None]:
+    """Note the row if the template can't render it."""
+    try:
+        yield
+    except _TemplateFails as error:
+        problems.add(row.where, str(error), advice="`data.chat_template` sets another chat template")
+        result.refused.append(row)
+    except LimitReached as error:  # every row would take as long
+        raise DataError(f"{row.where}: the chat template is at fault: {error}") from error
 
 
 def _reason(error: Exception) -> str:

@@ -82,11 +82,11 @@ def _read(file: Path, problems: Problems) -> Iterator[Row]:
 
 # What a file that has no rows begins with, what it is, and what to do about it.
 _NO_ROWS = {
-    b"version https://git-lfs": ("a Git LFS pointer", "`git lfs pull` fetches the files that Git LFS pointers stand for"),
-    b"\x1f\x8b": ("what gzip compressed", "unpack compressed files: gunzip FILE"),
-    b"PK\x03\x04": ("a ZIP archive", "unpack ZIP archives: unzip FILE"),
-    b"\x28\xb5\x2f\xfd": ("what zstd compressed", "unpack compressed files: unzstd FILE"),
-    b"\xfd7zXZ\0": ("what xz compressed", "unpack compressed files: unxz FILE"),
+    b"version https://git-lfs": ("a Git LFS pointer", "a Git LFS pointer: `git lfs pull` fetches the file"),
+    b"\x1f\x8b": ("what gzip compressed", "compressed with gzip: gunzip < OLD > NEW unpacks it"),
+    b"PK\x03\x04": ("a ZIP archive", "a ZIP archive: unzip -p OLD > NEW unpacks it"),
+    b"\x28\xb5\x2f\xfd": ("what zstd compressed", "compressed with zstd: unzstd < OLD > NEW unpacks it"),
+    b"\xfd7zXZ\0": ("what xz compressed", "compressed with xz: unxz < OLD > NEW unpacks it"),
 }
 _SAVE_AS_UTF8 = "UTF-16 and UTF-32 can be converted: iconv -f UTF-16 -t UTF-8 OLD > NEW"
 

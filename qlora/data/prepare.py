@@ -117,7 +117,7 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerBase, today: date | No
     today  the date for chat templates that write one; a run that goes on gives that of its first day. None: this day
 
     Raises DataError, once for all rows that can't be read, understood or rendered, unless data.skip_bad_rows leaves
-    them out and some remain.
+    them out and some remain on each side that the recipe asks for.
     """
     today = today or date.today()
     problems = Problems(config.data.skip_bad_rows)
@@ -134,6 +134,11 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerBase, today: date | No
         )
         sides.append(Split(source.without(rows, tokenized.refused), tokenized))
     problems.check(left=bool(sides[0].rows.conversations))
+    if not sides[1].rows.conversations and (config.data.eval_datasets or config.data.eval_fraction):
+        # Without them the run would go on and nobody would miss its evaluation.
+        wanted = "eval_datasets" if config.data.eval_datasets else "eval_fraction"
+        shown = "\n".join(f"  {line}" for line in problems.lines[: problems.shown])
+        raise DataError(f"data.{wanted}: without the rows that are wrong, no row is left to hold out\n{shown}")
     if not sides[0].tokenized.examples:
         rows = ", ".join(sides[0].tokenized.nothing_to_learn[:5])
         raise DataError(

@@ -16,6 +16,7 @@ from qlora.data.chat import Example, Tokenized
 from qlora.data.packing import batches
 from qlora.data.source import Rows, text_fingerprint
 from qlora.model.batch import IGNORE_INDEX
+from qlora.redact import redact
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,7 +45,7 @@ def show(
     samples: int = 3,
     console: Console | None = None,
 ) -> None:
-    """Print all that is known of the data.
+    """Print all that is known of the data, but for secrets in its paths and its rows: what is printed is shared.
 
     samples  rows that are printed as they are trained on: green is learned, dim is not. Where colour can't be seen,
              what is learned stands in brackets
@@ -95,7 +96,7 @@ def _datasets(console: Console, train: Split, held_out: Split) -> None:
             found = f"{data.format} ({'detected' if data.detected else 'as set'})"
             weight = f" (x{data.weight:g})" if data.weight != 1 else ""
             used = f"{data.used:,}{weight if side == 'train' else ''}"
-            cells = (f"{data.path} [{side}]", found, f"{data.rows:,}", used, ", ".join(data.unused))
+            cells = (redact(f"{data.path} [{side}]"), found, f"{data.rows:,}", used, redact(", ".join(data.unused)))
             table.add_row(*map(Text, cells))
     console.print(table)
     for side, split in (("train", train), ("held out", held_out)):
@@ -167,7 +168,7 @@ def _list(console: Console, title: str, items: list[str]) -> None:
         return
     console.print(Text(f"\n{len(items):,} {title}", style="yellow"), soft_wrap=True)
     for item in items[:_LISTED]:
-        console.print(Text(f"  {item}"), soft_wrap=True)
+        console.print(Text(f"  {redact(item)}"), soft_wrap=True)
     if len(items) > _LISTED:
         console.print(Text(f"  ... and {len(items) - _LISTED:,} more"))
 
@@ -182,10 +183,11 @@ def _samples(console: Console, examples: list[Example], tokenizer: PreTrainedTok
     legend.append(", not learned", style="dim")
     console.print(legend)
     for example in examples:
-        console.print(Text(f"\n{example.where}", style="bold"))
+        console.print(Text(f"\n{redact(example.where)}", style="bold"))
         row = Text()
         for learned, text in stretches(example, tokenizer):
-            shown = _printable(_excerpt(text, 3 * _EXCERPT if learned else _EXCERPT), console.encoding)
+            # Whole, as of half a secret nobody can tell that it is one.
+            shown = _printable(_excerpt(redact(text), 3 * _EXCERPT if learned else _EXCERPT), console.encoding)
             marked = f"{opening}{shown}{closing}" if learned and not coloured else shown
             row.append(marked, style="green" if learned else "dim")
         console.print(row, soft_wrap=True)

@@ -38,7 +38,7 @@ def answer(
     stop = StoppingCriteriaList([cast(StoppingCriteria, asked)])
     answers = [""] * len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # least padding
-    with _answering(model):
+    with evaluating(model):
         for first in range(0, len(by_length), batch_size):
             if requested():
                 break
@@ -58,7 +58,8 @@ def answer(
 
 
 @contextlib.contextmanager
-def _answering(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """The model drops nothing while the context lasts; then it is in the mode in which it was."""
     was_training = model.training
     model.eval()
     try:

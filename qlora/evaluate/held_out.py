@@ -5,18 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora.config import TrainingConfig
-from qlora.evaluate.generation import answer, exact
-from qlora.machine import free_bytes
+from qlora.errors import HostMemoryError
+from qlora.evaluate.generation import answer, evaluating, exact
+from qlora.machine import first_words, free_bytes, give_back_memory, is_out_of_memory
 from qlora.model.batch import Batch, Question
 
 GROUP = 8  # micro-batches that pass through a layer together: more read each layer less often, and take more memory
 SAMPLES = 3  # answers that are shown
+_SHOWN = 16_000  # characters of each of their texts; a log's reader takes lines of 1 MiB
+
+T = TypeVar("T")
 
 
 class Scored(Protocol):
@@ -33,10 +38,14 @@ class Scorer(Protocol):
 
     def evaluate(self, batches: Sequence[Batch]) -> Scored: ...
     def whole_model(self, room: float) -> AbstractContextManager[None]: ...
+    def relieve(self) -> str | None: ...
 
 
 class HeldOut:
-    """Scores the held-out rows whenever it is asked to, and keeps the last figures."""
+    """Scores the held-out rows whenever it is asked to, and keeps the last figures.
+
+    No run is lost for them: where memory runs out they are scored with less of it, or else not, and that is said.
+    """
 
     def __init__(
         self,
@@ -61,22 +70,22 @@ class HeldOut:
         self.batches, self.questions, self.end_ids = batches, questions, end_ids
         self.training, self.emit, self.requested = training, emit, requested
         self.figures: dict[str, float] = {}
+        self._group, self._rows = GROUP, training.per_device_eval_batch_size
 
     def loss(self, at_step: int) -> None:
         """Mean loss over the supervised tokens, with dropout off; memory does not grow with the rows."""
         if not self.batches:
             return
-        started, total, tokens = time.perf_counter(), 0.0, 0
-        was_training = self.model.training
-        self.model.eval()
-        for first in range(0, len(self.batches), GROUP):
-            if self.requested():
-                break
-            taken = [self.batches[i].to(self.step.device) for i in range(first, len(self.batches))[:GROUP]]
-            scored = self.step.evaluate(taken)
-            total += scored.loss * scored.supervised
-            tokens += scored.supervised
-        self.model.train(was_training)
+        started, total, tokens, first = time.perf_counter(), 0.0, 0, 0
+        with evaluating(self.model):
+            while first < len(self.batches) and not self.requested():
+                done = self._within_memory(partial(self._score, first), self._relieve, f"step {at_step}", "scored")
+                if done is None:
+                    self.figures.pop("eval_loss", None)  # an earlier one is not this model's
+                    return
+                first, scored = done
+                total += scored.loss * scored.supervised
+                tokens += scored.supervised
         if self.requested():
             return
         self.figures["eval_loss"] = total / max(tokens, 1)
@@ -88,19 +97,8 @@ class HeldOut:
         if not self.questions:
             return
         started = time.perf_counter()
-        # A generated token passes through every layer: it is worth to have them all dense, where they fit.
-        with self.step.whole_model(free_bytes(self.step.device) / 2):
-            got = answer(
-                self.model,
-                self.step.device,
-                self.tokenizer,
-                [question.ids for question in self.questions],
-                self.end_ids,
-                self.training.generation_max_length,
-                self.training.per_device_eval_batch_size,
-                self.requested,
-            )
-        if self.requested():
+        got = self._within_memory(self._answer, self._halve, f"step {at_step}", "answered")
+        if got is None or self.requested():
             return
         pairs = list(zip(self.questions, got, strict=True))
         correct = sum(exact(question.expected, text) for question, text in pairs)
@@ -112,5 +110,71 @@ class HeldOut:
             rows=len(pairs),
             correct=correct,
             seconds=time.perf_counter() - started,
-            samples=[{"prompt": q.prompt, "expected": q.expected, "got": text} for q, text in pairs[:SAMPLES]],
+            samples=[
+                {"prompt": _shown(q.prompt), "expected": _shown(q.expected), "got": _shown(text)}
+                for q, text in pairs[:SAMPLES]
+            ],
         )
+
+    def _score(self, first: int) -> tuple[int, Scored]:
+        """The micro-batches from `first` on that pass together, scored, and behind them the next one's number."""
+        behind = min(first + self._group, len(self.batches))
+        return behind, self.step.evaluate([self.batches[i].to(self.step.device) for i in range(first, behind)])
+
+    def _answer(self) -> list[str]:
+        # A generated token passes through every layer: it is worth to have them all dense, where they fit.
+        with self.step.whole_model(free_bytes(self.step.device) / 2):
+            return answer(
+                self.model,
+                self.step.device,
+                self.tokenizer,
+                [question.ids for question in self.questions],
+                self.end_ids,
+                self.training.generation_max_length,
+                self._rows,
+                self.requested,
+            )
+
+    def _within_memory(
+        self, work: Callable[[], T], relieve: Callable[[], str | None], when: str, done: str
+    ) -> T | None:
+        """What the work gives. Where memory runs out, again after `relieve`; None where that has nothing left."""
+        told = ""
+        while True:
+            try:
+                return work()
+            except (RuntimeError, MemoryError, HostMemoryError) as error:
+                if not isinstance(error, HostMemoryError) and not is_out_of_memory(error):
+                    raise
+                said = first_words(error)
+            # Not above: the exception holds what the work has had on the device.
+            give_back_memory(self.step.device)
+            changed = relieve()
+            text = f"{when}: the held-out rows are not {done}: {said}"
+            if changed is not None:
+                text = f"{when}: {said}; the held-out rows are {done} with {changed}"
+            if text != told:
+                self.emit("notice", text=text)
+            if changed is None:
+                return None
+            told = text
+
+    def _relieve(self) -> str | None:
+        if self._group > 1:  # costs this evaluation some speed, and the steps to come nothing
+            self._group = 1
+            return "one micro-batch at a time"
+        try:
+            return self.step.relieve()
+        except HostMemoryError:
+            return None
+
+    def _halve(self) -> str | None:
+        if self._rows == 1:
+            return None
+        self._rows //= 2
+        return "fewer of them at a time"
+
+
+def _shown(text: str) -> str:
+    """A text to look at: of a long one the middle is left out."""
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]}\n...\n{text[-_SHOWN // 2 :]}"

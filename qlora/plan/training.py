@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
-from qlora.config import Config
+from qlora.config import Config, MemoryConfig
 from qlora.data.prepare import Data
 from qlora.machine import GIB, peak_memory_gib
 from qlora.model.source import Source
@@ -17,7 +18,7 @@ from qlora.plan.measure import calibrate, key_of
 from qlora.plan.plan import Plan
 from qlora.plan.planner import Planner
 from qlora.plan.simulate import CannotSimulate
-from qlora.report.events import read_events
+from qlora.report.events import readable_events
 from qlora.train.loop import Loop, Schedule
 
 SUMS = ("micro_batch_tokens", "layer_tile_tokens", "loss_chunk_tokens", "embeddings", "vocabulary_chunk")  # of memory
@@ -40,7 +41,7 @@ def planned_for(
     first, training = batches(0), config.training
     widest = max((batch.input_ids.shape[1] for batch in first), default=config.data.max_seq_length)
     rows = training.per_device_train_batch_size if config.data.packing else 1
-    earlier = _memory_before(output / "events.jsonl") if resume else {}
+    earlier = _memory_before(output / "events.jsonl", say) if resume else {}
     open_still = [key for key in SUMS if key in earlier and key not in config.memory.model_fields_set]
     kept = config.memory.model_copy(update={key: earlier[key] for key in open_still})
     try:
@@ -85,7 +86,14 @@ def compared(plan: Plan, loop: Loop, device: torch.device, say: Callable[[str], 
     return {"device_bytes": nbytes, "seconds": plan.time.seconds}
 
 
-def _memory_before(log: Path) -> dict[str, Any]:
-    """The `memory` section that an earlier attempt at a run was planned with."""
-    plans = [event for event in read_events(log) if event["event"] == "plan"] if log.exists() else []
-    return plans[-1]["memory"] if plans else {}
+def _memory_before(log: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """The `memory` section that an earlier attempt at a run was planned with; {} where the log does not tell."""
+    plans = [event for event in readable_events(log)[0] if event["event"] == "plan"] if log.exists() else []
+    if not plans:
+        return {}
+    try:
+        known = {key: value for key, value in plans[-1]["memory"].items() if key in MemoryConfig.model_fields}
+        return MemoryConfig.model_validate(known).model_dump(mode="json", exclude_unset=True)
+    except (KeyError, AttributeError, ValidationError):
+        say(f"{log}: does not tell how the run was planned: it is planned as if it were new")
+        return {}

@@ -9,7 +9,8 @@ An event is a plain dict that JSON can hold. `event` is its kind, `time` is when
     start       steps (optimizer steps of the whole run), first_step (0, or the step resumed from), method, model,
                 order ("layer-major" | "standard"), parameters, trainable, four_bit_share (0..1), base_gib,
                 load_seconds, from_cache (whether it had been quantized before), layers ({device, host, file}: how many
-                live where), device, optimizer, rows, tokens_per_epoch, supervised_per_epoch, epochs
+                live where), device, optimizer, rows, tokens_per_epoch, supervised_per_epoch, epochs (null: as
+                many as the steps take)
     step        step (from 1), epoch, loss, learning_rate, grad_norm, tokens (so far), supervised (this step),
                 step_seconds, tokens_per_second, memory_gib
     evaluation  step, eval_loss, eval_tokens, seconds
@@ -26,17 +27,21 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from qlora.errors import QLoRAError, TrainingError
 from qlora.redact import redacted
 
 Event = dict[str, Any]
 Sink = Callable[[Event], None]  # one that has to be closed has a close() too
+
+_LONGEST = 1 << 20  # bytes of a line; an event has far fewer
+_MOST = 32 << 20  # bytes of a log that are held as events, in some six times the memory: 100,000 steps
 
 
 class Degraded(Exception):
@@ -100,20 +105,20 @@ class EventLog:
     """The sink that is a file: one line of strict JSON an event, flushed, so that a killed run has said all it did.
 
     JSON has no word for a number that is not finite; it is written as "nan", "inf" or "-inf", which float() reads.
-    An existing log is continued. If the process that wrote it died inside a line, that line is cut off first.
+    An existing log is continued. If the process that wrote it died inside a line, that line is cut off first. One with
+    something else in it is set aside, and continued from before that.
+
+    set_aside  where such a log lies now, whole; None: there was none
 
     Raises TrainingError where the file cannot be written.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.set_aside: Path | None = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("ab")
-            if size := self.path.stat().st_size:
-                whole = _whole_lines(self.path.read_bytes())
-                if len(whole) < size:
-                    self._file.truncate(len(whole))
+            self._file = self._continued()
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -129,6 +134,27 @@ class EventLog:
     def close(self) -> None:
         self._file.close()
 
+    def _continued(self) -> BinaryIO:
+        """The file, opened behind its last event."""
+        end = 0
+        try:
+            for behind, _ in _events(self.path):
+                end = behind
+        except FileNotFoundError:
+            pass
+        except _NoEvent:
+            self.set_aside = self.path.with_name(f"{self.path.name}.damaged")
+            os.replace(self.path, self.set_aside)
+            with self.set_aside.open("rb") as whole, self.path.open("wb") as begun:
+                for at in range(0, end, _LONGEST):
+                    begun.write(whole.read(min(_LONGEST, end - at)))
+            from qlora.durable import sync  # here: pydantic comes with it
+
+            sync(self.path.parent)
+        file = self.path.open("ab")
+        file.truncate(end)
+        return file
+
     def _unwritable(self, error: OSError) -> TrainingError:
         return TrainingError(f"{self.path}: the event log cannot be written: {error.strerror or error}")
 
@@ -139,19 +165,26 @@ def read_events(path: str | Path) -> list[Event]:
     Raises QLoRAError naming file and line.
     """
     try:
-        data = Path(path).read_bytes()
+        return [event for _, event in _events(Path(path))]
     except OSError as error:
         raise QLoRAError(f"{path}: the event log cannot be read: {error.strerror or error}") from error
-    events = []
-    for number, line in enumerate(_whole_lines(data).split(b"\n")[:-1], start=1):
-        try:
-            event = json.loads(line)
-        except ValueError:
-            event = None
-        if not isinstance(event, dict) or "event" not in event:
-            raise QLoRAError(f"{path}:{number}: is not an event")
-        events.append(event)
-    return events
+    except _NoEvent as error:
+        raise QLoRAError(str(error)) from None
+
+
+def readable_events(path: str | Path) -> tuple[list[Event], str | None]:
+    """A log's events up to where it cannot be read any further, and why not; None: these are all. It never fails."""
+    events: list[Event] = []
+    try:
+        for end, event in _events(Path(path)):
+            if end > _MOST:
+                return events, f"{path}: has over {_MOST >> 20} MiB; only its beginning is read"
+            events.append(event)
+    except OSError as error:
+        return events, f"{path}: the event log cannot be read: {error.strerror or error}"
+    except _NoEvent as error:
+        return events, str(error)
+    return events, None
 
 
 def timeline(events: Iterable[Event]) -> list[Event]:
@@ -181,8 +214,38 @@ def due(step: int, last: int, logging_steps: int) -> bool:
     return step % logging_steps == 0 or step == last
 
 
-def _whole_lines(data: bytes) -> bytes:
-    return data[: data.rfind(b"\n") + 1]
+class _NoEvent(ValueError):
+    """The text says where."""
+
+
+def _events(path: Path) -> Iterator[tuple[int, Event]]:
+    """Each event of a log, a line at a time, with where its line ends. Raises OSError and _NoEvent."""
+    with path.open("rb") as file:
+        end = 0
+        for number, line in enumerate(iter(lambda: file.readline(_LONGEST), b""), start=1):
+            if not line.endswith(b"\n") and len(line) < _LONGEST:
+                return  # not finished
+            event = _event(line)
+            if event is None:
+                raise _NoEvent(f"{path}:{number}: is not an event")
+            end += len(line)
+            yield end, event
+
+
+def _event(line: bytes) -> Event | None:
+    """What a line holds, if it has what must be known of any event to tell which ones still hold."""
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+        return None
+    counted = {"step": "step", "start": "first_step"}.get(event["event"])
+    for key in ("step", "first_step"):
+        number = event.get(key)
+        if (key in event or key == counted) and not (type(number) is int and number >= 0):
+            return None
+    return event
 
 
 def finite(value: Any) -> Any:

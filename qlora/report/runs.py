@@ -257,7 +257,8 @@ def _event(line: bytes) -> Event:
 
 def _facts(run: Run) -> Iterator[str]:
     if run.steps:
-        yield f"{run.step:,} of {run.steps:,} steps"
+        # A run that was resumed with a smaller max_steps has taken more.
+        yield f"{run.step:,} of {run.steps:,} steps" if run.step <= run.steps else f"{run.step:,} steps"
     if run.loss is not None:
         yield f"loss {run.loss:.4f}"
     if run.eval_loss is not None:

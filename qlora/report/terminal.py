@@ -95,20 +95,28 @@ class Terminal:
     # What the summary will need
 
     def _remember(self, event: Event) -> None:
-        match event["event"]:
-            case "start":
+        match event:
+            case {"event": "start"}:
                 for earlier in timeline([*self._history, event]):
                     if earlier["event"] != "start":
                         self._remember(earlier)
                 self._history = []
                 self._pace.clear()  # another attempt's, maybe another machine's
                 self._last_step = event["steps"]
-            case "step":
-                self._losses[event["step"]] = float(event["loss"])
-                self._pace.append(event["step_seconds"])
-            case "evaluation":
-                self._held_out = [*self._held_out[:1], (event["step"], float(event["eval_loss"]))]
-            case "generation":
+            # Of earlier attempts a file tells, and what it lacks is not remembered.
+            case {"event": "step", "step": int(step), "loss": loss}:
+                self._losses[step] = _number(loss)
+                self._pace.append(_number(event.get("step_seconds")))
+            case {"event": "evaluation", "step": int(step), "eval_loss": loss}:
+                self._held_out = [*self._held_out[:1], (step, _number(loss))]
+            case {
+                "event": "generation",
+                "step": int(),
+                "exact_match": float() | int(),
+                "rows": int(),
+                "correct": int(),
+                "samples": [*samples],
+            } if all(map(_is_sample, samples)):
                 self._generations = [*self._generations[:1], event]
 
     # One method for each kind of event
@@ -137,7 +145,8 @@ class Terminal:
             f"{event['rows']:,} rows, {event['tokens_per_epoch']:,} tokens an epoch, "
             f"{event['supervised_per_epoch']:,} of them supervised",
         )
-        steps = f"{event['steps']:,} steps in {event['epochs']:g} epochs{where}"
+        epochs = "" if event["epochs"] is None else f" in {event['epochs']:g} epochs"
+        steps = f"{event['steps']:,} steps{epochs}{where}"
         self._named("run", f"{steps}, {event['order']}, on {event['device']}")
         self._print(Text())
         if self.console.is_interactive:
@@ -199,7 +208,7 @@ class Terminal:
         heading = f"\nHeld out, {self._change(['before', 'after training'])}" if trained else "\nHeld out"
         self._print(Text(heading, style="bold"))
         if self._generations:
-            shares = self._change([f"{event['exact_match']:.1%}" for event in self._generations])
+            shares = self._change([f"{_number(event['exact_match']):.1%}" for event in self._generations])
             counts = self._change([f"{event['correct']:,}" for event in self._generations])
             self._named("exact match", Text(shares, style="bold"), f"  ({counts} of {self._generations[-1]['rows']:,})")
         if self._held_out:
@@ -283,6 +292,21 @@ class Terminal:
 
     def _plain(self, text: str) -> str:
         return printable(text, self.console.encoding)
+
+
+def _number(value: object) -> float:
+    """As a log has it: what is not finite is text there. nan: it is no number."""
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+def _is_sample(value: object) -> bool:
+    match value:
+        case {"prompt": str(), "expected": str(), "got": str()}:
+            return True
+    return False
 
 
 class _Figures(ProgressColumn):

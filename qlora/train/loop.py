@@ -23,7 +23,7 @@ from torch import nn
 
 from qlora.config import TrainingConfig
 from qlora.errors import MachineError, NonFiniteLossError
-from qlora.machine import give_back_memory, is_out_of_memory, memory_gib
+from qlora.machine import first_words, give_back_memory, is_out_of_memory, memory_gib
 from qlora.model.batch import Batch
 from qlora.train import checkpoint, optim
 from qlora.train.checkpoint import Progress
@@ -194,7 +194,7 @@ class Loop:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                said = (str(error) or type(error).__name__).split(". ")[0].split("\n")[0]
+                said = first_words(error)
             # Not above: the exception holds what the step has had on the device.
             for parameter in self.parameters.values():
                 parameter.grad = None

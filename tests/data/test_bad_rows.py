@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gzip
 import json
 import os
 import re
@@ -124,6 +125,62 @@ def test_fifty_defects_in_a_thousand_rows_are_each_named_by_line_in_one_error(
     assert lines[-1] == "  --skip-bad-rows trains without them"
 
 
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+BAD_TURNS: dict[str, list[Any]] = {
+    "a turn is a number": [7, ASSISTANT],
+    "a turn is true": [USER, True],
+    "a turn is a list": [USER, [ASSISTANT]],
+    "turns in a turn": [{"messages": [USER, ASSISTANT]}],
+    "turns in turns": [[USER, ASSISTANT]],
+    "an empty turn": [{}, ASSISTANT],
+    "all null": [USER, {"role": None, "content": None}],
+    "no role": [{"content": "Hi"}, ASSISTANT],
+    "a role that is a list": [USER, {**ASSISTANT, "role": ["assistant"]}],
+    "a role that is true": [{**USER, "role": True}, ASSISTANT],
+    "an empty role": [{**USER, "role": ""}, ASSISTANT],
+    "a role in capitals": [{**USER, "role": "USER"}, ASSISTANT],
+    "from and value": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}],
+    "from and value after role and content": [USER, {"from": "gpt", "value": "Hello."}],
+    "a role and a value": [USER, {"role": "assistant", "value": "Hello."}],
+    "a null content": [USER, {**ASSISTANT, "content": None}],
+    "an empty list of parts": [USER, {**ASSISTANT, "content": []}],
+    "parts of text": [USER, {**ASSISTANT, "content": ["Hello."]}],
+    "parts that are null": [USER, {**ASSISTANT, "content": [None]}],
+    "parts that are lists": [USER, {**ASSISTANT, "content": [[{"type": "text", "text": "Hello."}]]}],
+    "a part of no type": [USER, {**ASSISTANT, "content": [{"text": "Hello."}]}],
+    "a part whose type is a list": [USER, {**ASSISTANT, "content": [{"type": ["text"], "text": "Hello."}]}],
+    "a part of no text": [USER, {**ASSISTANT, "content": [{"type": "text"}]}],
+    "a part of an object": [USER, {**ASSISTANT, "content": [{"type": "text", "text": {"value": "Hello."}}]}],
+    "a part with a NUL": [USER, {**ASSISTANT, "content": [{"type": "text", "text": "a\0"}]}],
+    "a picture after text": [{**USER, "content": [{"type": "text", "text": "Hi"}, {"type": "image"}]}, ASSISTANT],
+    "the system only": [{"role": "system", "content": "Be kind."}],
+    "the system and the user": [{"role": "system", "content": "Be kind."}, USER],
+    "a tool last": [USER, ASSISTANT, {"role": "tool", "content": "4"}],
+    "calls and no content": [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}],
+    "calls that are text": [USER, {**ASSISTANT, "tool_calls": "f()"}],
+    "a call of old": [USER, {**ASSISTANT, "function_call": {"name": "f", "arguments": "{}"}}],
+    "a weight of half": [USER, {**ASSISTANT, "weight": 0.5}],
+    "a weight that is text": [USER, {**ASSISTANT, "weight": "x"}],
+    "a weight that is a list": [USER, {**ASSISTANT, "weight": [1]}],
+    "a name that is a list": [{**USER, "name": ["Ada"]}, ASSISTANT],
+    "a name with half a surrogate pair": [{**USER, "name": "\ud83d"}, ASSISTANT],
+    "thoughts that are a list": [USER, {**ASSISTANT, "reasoning_content": ["Hm"]}],
+    "a tool_call_id that is a number": [USER, {"role": "tool", "content": "4", "tool_call_id": 1}, ASSISTANT],
+    "two halves in the wrong order": [USER, {**ASSISTANT, "content": "\ude42\ud83d"}],
+}
+
+
+def test_each_kind_of_bad_turn_is_named_by_line_where_a_good_row_stands_before_them(checkpoint, tmp_path, capsys):
+    path, recipe = tmp_path / "turns.jsonl", tmp_path / "recipe.yaml"
+    path.write_bytes(b"\n".join([GOOD, *(turns(*row) for row in BAD_TURNS.values())]))
+    recipe.write_text(recipe_text(chat_model(checkpoint), tmp_path, data={"datasets": [{"path": str(path)}]}))
+    assert cli.main(["data", str(recipe)]) == 1
+    said = capsys.readouterr().err
+    named = {int(line) for line in re.findall(rf"^  {re.escape(str(path))}:(\d+): `messages", said, re.MULTILINE)}
+    assert [kind for line, kind in enumerate(BAD_TURNS, 2) if line not in named] == []
+    assert 1 not in named
+
+
 def as_config(recipe, path: Path, **data: Any):
     return recipe("unused", data={"datasets": [{"path": str(path)}], "chat_template": TEMPLATE} | data)
 
@@ -160,12 +217,44 @@ def test_where_no_row_is_left_there_is_nothing_to_skip_to(write, recipe):
         assert "--skip-bad-rows" not in str(caught.value)
 
 
+@pytest.mark.parametrize("sort", ["held out in a file", "held out by a fraction"])
+def test_held_out_rows_that_are_all_wrong_are_missed(sort, write, recipe):
+    good, bad = json.loads(GOOD), json.loads(DEFECTS["the template refuses"])
+    data: dict[str, Any] = {"chat_template": TEMPLATE, "skip_bad_rows": True}
+    seed = 0
+    if sort == "held out in a file":
+        train, held = write("good.jsonl", [good]), write("held.jsonl", [bad, {"messages": [USER]}])
+        data |= {"datasets": [train.model_dump()], "eval_datasets": [held.model_dump()]}
+        name, line = "eval_datasets", f"{held.path}:2: `messages`: expected a turn by the assistant"
+    else:
+        train = write("a.jsonl", [good, bad])
+        data |= {"datasets": [train.model_dump()], "eval_fraction": 0.5}
+        config = DataConfig.model_validate(data)
+        drawn = (read_splits(config, seed=seed)[1].conversations[0].where for seed in range(100))
+        seed = next(seed for seed, where in enumerate(drawn) if where.endswith(":2"))
+        name, line = "eval_fraction", f"{train.path}:2: the chat template refuses"
+    with pytest.raises(DataError, match=rf"data\.{name}: without the rows that are wrong, no row is left") as caught:
+        prepare(recipe("unused", data=data, training={"seed": seed}), tokenizer())
+    assert line in str(caught.value)
+
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
         ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), "1: expected UTF-8; got UTF-16"),
         ("a.json", '[{"text": "a"}]'.encode("utf-16-be"), "1: expected UTF-8; got UTF-16"),
         ("a.csv", "text\na\n".encode("utf-32"), "1: expected UTF-8; got UTF-32"),
+        ("a.jsonl", LFS, "1: expected rows; got a Git LFS pointer\n  a Git LFS pointer: `git lfs pull` fetches"),
+        ("a.parquet", LFS, "1: expected rows; got a Git LFS pointer"),
+        ("a.txt", LFS, "1: expected rows; got a Git LFS pointer"),
+        (
+            "a.jsonl",
+            gzip.compress(b'{"text": "a"}'),
+            "1: expected rows; got what gzip compressed\n  compressed with gzip",
+        ),
         ("a.csv", 'text\na\n"b\nc\nd\n', "3: not CSV: unexpected end of data"),
         ("a.csv", b"text\na\n\xff\n", "3: not UTF-8"),
         ("a.json", '[{"text": "a"},\n{"text": "b"', "2: not JSON"),

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from qlora.data.chat import Example, Tokenized, end_token_ids, render_prompt, set_chat_template, tokenize
+from qlora.data.chat import Example, Tokenized, _Encoder, end_token_ids, render_prompt, set_chat_template, tokenize
 from qlora.data.formats import Conversation
 from qlora.errors import DataError
 from qlora.model.batch import IGNORE_INDEX
@@ -276,6 +276,30 @@ def test_a_long_conversation_keeps_its_front(family):
     assert cut.truncated
     assert not whole.truncated
     assert one(tokenizer, THREE, max_seq_length=size + 1) == whole
+
+
+def test_wherever_a_conversation_is_cut_its_front_is_learned_as_in_the_whole(family):
+    tokenizer = family_tokenizer(family)
+    whole = one(tokenizer, THREE)
+    first = next(at for at, label in enumerate(whole.labels) if label != IGNORE_INDEX)
+    for size in range(first + 1, len(whole.input_ids)):
+        cut = one(tokenizer, THREE, max_seq_length=size)
+        assert (cut.input_ids, cut.labels) == (whole.input_ids[:size], whole.labels[:size])
+
+
+@pytest.mark.parametrize("pairs", [10, 1000])
+def test_turns_that_are_cut_off_cost_no_renderings(pairs, monkeypatch):
+    calls: list[int] = []
+    render = _Encoder._template
+
+    def counted(self: Any, messages: Any, **options: Any) -> str:
+        calls.append(len(messages))
+        return render(self, messages, **options)
+
+    monkeypatch.setattr(_Encoder, "_template", counted)
+    row = chat(*(f"Turn {number}" for number in range(2 * pairs)))
+    assert one(family_tokenizer("chatml"), row, max_seq_length=100).truncated
+    assert len(calls) < 20  # where each turn takes three
 
 
 def test_a_row_with_nothing_left_to_learn_is_named_and_not_trained():

@@ -125,6 +125,32 @@ def test_data_does_not_steer_the_terminal(shown):
     assert r"⟦a\x1b[2Jb [bold]c[/bold]<|im_end|>⟧" in text
 
 
+def test_secrets_in_paths_fields_and_rows_are_not_printed(write, tmp_path):
+    token = "hf_" + "aB3dE5gH7j" * 3
+    tokenizer = family_tokenizer("chatml")
+    rows = [pair(1, f"It is {token} " + "x" * 1790 + f" {token}"), pair(2, "a" * 3000)]
+    spec = write(f"{token}/a.jsonl", [{**row, f"a {token}": 1} for row in rows])
+    read, _ = read_splits(DataConfig(datasets=[spec]))
+    cut = tokenize(tokenizer, read.conversations[1:], max_seq_length=8)  # a row with nothing to learn: in a list
+    whole = tokenize(tokenizer, read.conversations[:1], max_seq_length=4000)
+    out = io.StringIO()
+    for width in (400, 40):  # a narrow table breaks a path over lines
+        for found in (whole, cut):
+            show(
+                Split(read, found),
+                Split(read, found),
+                tokenizer,
+                max_seq_length=4000,
+                per_device_train_batch_size=2,
+                packing=True,
+                console=Console(file=out, width=width),
+            )
+    said = "".join(out.getvalue().split())
+    assert "***" in said
+    assert token[:8] not in said
+    assert token[-8:] not in said
+
+
 def test_long_stretches_are_shown_by_their_ends(shown):
     text = shown([{"prompt": "begin " + "x" * 5000 + " end", "completion": "Yes."}], [], max_seq_length=9999)
     assert "begin xxx" in text

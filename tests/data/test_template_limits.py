@@ -14,6 +14,7 @@ from qlora.data import limits
 from qlora.data.chat import end_token_ids, render_prompt, tokenize
 from qlora.data.formats import Conversation
 from qlora.data.limits import LimitReached, Limits
+from qlora.data.problems import Problems
 from qlora.errors import DataError
 from tests.data.conftest import CHATML, IM, build_tokenizer
 
@@ -55,6 +56,19 @@ def test_a_template_that_does_not_end_is_stopped_at_the_first_row(soon, fault):
     with pytest.raises(DataError, match=r"rows\.jsonl:7: the chat template is at fault: it was not done after 0\.2 s"):
         tokenize(of(AT_THE_ROW.replace("FAULT", fault)), rows, max_seq_length=100)
     assert time.monotonic() - began < 5  # seconds, not the hours of the template, nor 1,000 times the limit
+
+
+@pytest.mark.parametrize(("role", "turns"), [("assistant", 500), ("system", 8000)])
+def test_a_row_of_very_many_turns_has_one_limit_for_all_of_them_and_can_be_skipped(soon, role, turns):
+    said = [{"role": role, "content": f"Turn {number:06}"} for number in range(turns)]
+    long = Conversation([*ROW.messages, *said, ROW.messages[1]], where="rows.jsonl:8")
+    problems = Problems(skip=True)
+    found = tokenize(of(CHATML), [long, ROW], max_seq_length=10**7, problems=problems)
+    assert [example.where for example in found.examples] == ["rows.jsonl:7"]
+    assert found.refused == [long]
+    assert problems.lines == [
+        f"rows.jsonl:8: its {turns + 3:,} turns take the chat template more than 0.2 s; split the row"
+    ]
 
 
 @pytest.mark.parametrize("fault", BOMBS.values(), ids=BOMBS)

@@ -6,12 +6,14 @@ import torch
 from qlora.config import MemoryConfig, TrainingConfig
 from qlora.data.chat import Example, end_token_ids, render_prompt
 from qlora.data.packing import batches
+from qlora.errors import HostMemoryError
 from qlora.evaluate import held_out
 from qlora.evaluate.generation import answer, exact
 from qlora.model.adapters import attach, trainable
 from qlora.model.batch import Question
 from qlora.model.load import load_base
 from qlora.model.source import open_source
+from qlora.report.events import EventLog, read_events
 from qlora.train.step import choose
 from tests.conftest import random_batch
 from tests.tiny import PAIRS, chat_model
@@ -95,6 +97,115 @@ def test_nothing_held_out_is_nothing_said(adapted):
     scored.loss(1)
     scored.answers(1)
     assert events == [] and scored.figures == {}
+
+
+# Where memory runs out
+
+
+class Small:
+    """A step on a device that holds so many tokens at once, and twice as many each time it is relieved."""
+
+    def __init__(self, step, tokens, relieved=(), error=None):
+        self.step, self.tokens, self.relieved = step, tokens, list(relieved)
+        self.device, self.whole_model = step.device, step.whole_model
+        self.error = error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+    def evaluate(self, batches):
+        if sum(batch.input_ids.numel() for batch in batches) > self.tokens:
+            raise self.error
+        return self.step.evaluate(batches)
+
+    def relieve(self):
+        if not self.relieved:
+            return None
+        self.tokens *= 2
+        return self.relieved.pop(0)
+
+
+def texts(events):
+    return [event["text"] for event in events if event["event"] == "notice"]
+
+
+def test_held_out_rows_that_do_not_fit_together_are_scored_one_after_the_other_and_that_is_said_once(adapted):
+    scored, events = held(adapted, rows=examples())
+    scored.loss(1)
+    scored.step = Small(scored.step, 63)  # micro-batches of 3 rows have at most 63 tokens
+    scored.loss(2)
+    scored.loss(3)
+    first, _, second, third = events
+    assert texts(events) == [
+        "step 2: CUDA out of memory; the held-out rows are scored with one micro-batch at a time",
+    ]
+    assert third["eval_tokens"] == second["eval_tokens"] == first["eval_tokens"]
+    assert third["eval_loss"] == second["eval_loss"] == pytest.approx(first["eval_loss"], rel=1e-5)
+
+
+def test_held_out_rows_are_scored_with_what_else_can_be_had_of_the_device(adapted):
+    scored, events = held(adapted, rows=examples())
+    scored.step = Small(scored.step, 16, ["memory.activations: host", "memory.layers_on_device: 0 (2 fewer)"])
+    scored.loss(1)
+    assert [text.rsplit(" with ")[-1] for text in texts(events)] == [
+        "one micro-batch at a time",
+        "memory.activations: host",
+        "memory.layers_on_device: 0 (2 fewer)",
+    ]
+    assert events[-1]["event"] == "evaluation" and scored.figures
+
+
+@pytest.mark.parametrize("error", [None, MemoryError("CUDA out of memory"), HostMemoryError("CUDA out of memory")])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_run_goes_on_without_the_loss_of_held_out_rows_that_do_not_fit(adapted, training, error):
+    scored, events = held(adapted, rows=examples())
+    scored.loss(1)
+    model, _ = adapted
+    model.train(training)
+    scored.step = Small(scored.step, 0, error=error)
+    scored.loss(40)
+    assert texts(events)[-1] == "step 40: the held-out rows are not scored: CUDA out of memory"
+    assert scored.figures == {}  # the one of step 1 is another model's
+    assert {module.training for module in model.modules()} == {training}
+
+
+def test_an_error_that_is_not_of_memory_is_raised(adapted):
+    scored, events = held(adapted, rows=examples())
+    scored.step = Small(scored.step, 0, error=RuntimeError("shapes do not match"))
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        scored.loss(1)
+    assert events == []
+
+
+@pytest.mark.parametrize(("fit", "tried"), [(1, [7, 3, 1]), (0, [7, 3, 1])])
+def test_answers_that_do_not_fit_are_given_fewer_at_a_time_or_not_and_that_is_said(adapted, monkeypatch, fit, tried):
+    _, tokenizer = adapted
+    questions = [Question(tuple(ids), "", "") for ids in prompts(tokenizer)]
+    sizes = []
+
+    def answers(*args):
+        sizes.append(args[6])
+        if args[6] > fit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return answer(*args)
+
+    monkeypatch.setattr(held_out, "answer", answers)
+    scored, events = held(adapted, questions=questions, generation_max_length=2, per_device_eval_batch_size=7)
+    scored.answers(0)
+    assert sizes == tried
+    first, *more = texts(events)
+    assert first == "step 0: CUDA out of memory; the held-out rows are answered with fewer of them at a time"
+    assert more == ([] if fit else ["step 0: the held-out rows are not answered: CUDA out of memory"])
+    assert len(scored.figures) == fit
+    scored.answers(9)
+    assert sizes == [*tried, 1]
+
+
+def test_a_sample_fits_a_line_of_the_log_however_long_its_texts_are(adapted, tmp_path):
+    _, tokenizer = adapted
+    question = Question(tuple(prompts(tokenizer)[0]), "\0" * 2_000_000, "\0" * 2_000_000)
+    scored, events = held(adapted, questions=[question] * 3, generation_max_length=1)
+    scored.answers(1)
+    log = EventLog(tmp_path / "events.jsonl")
+    log(events[0])
+    assert len(read_events(log.path)[0]["samples"]) == 3
 
 
 def prompts(tokenizer):

@@ -1,5 +1,8 @@
 """A run is planned before it starts, and compared with its plan when it ends."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from qlora import run
@@ -77,6 +80,31 @@ def test_a_resumed_run_keeps_the_pieces_of_its_sums(config, here):
     events = train(again, resume=True)
     assert of(first, "plan")[0]["memory"]["micro_batch_tokens"] == 32
     assert of(events, "plan")[0]["memory"]["micro_batch_tokens"] == 32
+
+
+def test_a_resumed_run_whose_log_holds_no_plan_that_could_be_is_planned_as_if_it_were_new(config, here):
+    longer = {"num_train_epochs": 9, "save_steps": 1}
+    train(config(training={"max_steps": 1} | longer))
+    again = config(training={"max_steps": 2} | longer)
+    log = Path(again.training.output_dir, "events.jsonl")
+    log.write_text('{"event": "plan", "memory": {"loss_chunk_tokens": "x"}}\n')
+    events = train(again, resume=True)
+    assert [event["step"] for event in of(events, "step")] == [2] and of(events, "plan")
+    assert any("does not tell how the run was planned" in event["text"] for event in of(events, "notice"))
+
+
+@pytest.mark.parametrize("plan", [{}, {"memory": [1]}, {"memory": None}, {"memory": {"embeddings": 1}}])
+def test_a_plan_that_is_none_is_passed_over_and_that_is_said(tmp_path, plan):
+    log, said = tmp_path / "events.jsonl", []
+    log.write_text(json.dumps({"event": "plan"} | plan) + "\n")
+    assert training._memory_before(log, said.append) == {}
+    assert len(said) == 1 and "does not tell how the run was planned" in said[0]
+
+
+def test_what_an_older_plan_chose_beside_what_can_be_chosen_now_is_passed_over(tmp_path):
+    log, said = tmp_path / "events.jsonl", []
+    log.write_text('{"event": "plan", "memory": {"loss_chunk_tokens": 64, "gone_since": 1}}\n')
+    assert training._memory_before(log, said.append) == {"loss_chunk_tokens": 64} and said == []
 
 
 def test_a_machine_that_shrank_since_is_planned_for_anew_and_that_is_said(config, here):

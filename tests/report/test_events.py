@@ -5,11 +5,13 @@ import signal
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 
 import pytest
 
 from qlora.errors import QLoRAError, TrainingError
-from qlora.report.events import Degraded, EventLog, Events, due, read_events, steps, timeline
+from qlora.report import events as log_of
+from qlora.report.events import Degraded, EventLog, Events, due, read_events, readable_events, steps, timeline
 
 
 def step(number, loss=1.0):
@@ -156,12 +158,62 @@ def test_a_log_of_one_torn_line_starts_anew(tmp_path):
     assert read_events(path) == [step(1)]
 
 
-@pytest.mark.parametrize("damage", ["{", "[1]", "null", '{"no": "kind"}', ""])
-def test_a_line_that_is_no_event_is_an_error_with_file_and_line(tmp_path, damage):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *("{", "[1]", "null", "", "[" * 100_000, "\0" * (2 << 20), '{"no": "kind"}', '{"event": ["step"]}'),
+        *('{"event": "step", "step": "x"}', '{"event": "step", "step": -1}', '{"event": "notice", "step": 1.5}'),
+        *('{"event": "step"}', '{"event": "start"}', '{"event": "start", "first_step": null}'),
+    ],
+)
+def test_a_log_with_a_line_that_is_no_event_is_read_up_to_it_set_aside_and_continued_from_before_it(tmp_path, damage):
     path = tmp_path / "events.jsonl"
     path.write_text(f"{json.dumps(step(1))}\n{damage}\n{json.dumps(step(3))}\n")
+    whole = path.read_bytes()
     with pytest.raises(QLoRAError, match=r"events\.jsonl:2: is not an event"):
         read_events(path)
+    assert readable_events(path) == ([step(1)], f"{path}:2: is not an event")
+    log = EventLog(path)
+    log(step(2))
+    log.close()
+    assert read_events(path) == [step(1), step(2)]
+    assert log.set_aside is not None and log.set_aside.read_bytes() == whole
+
+
+def test_a_sound_log_is_not_set_aside(tmp_path):
+    path = tmp_path / "events.jsonl"
+    assert readable_events(path)[0] == [] and "cannot be read: No such file" in str(readable_events(path)[1])
+    assert EventLog(path).set_aside is None
+    path.write_text(f"{json.dumps(step(1))}\n{json.dumps(step(2))[:-3]}")
+    assert readable_events(path) == ([step(1)], None)
+    assert EventLog(path).set_aside is None
+    assert [each.name for each in tmp_path.iterdir()] == ["events.jsonl"]
+
+
+@pytest.mark.parametrize("after", [b"", b"\n"])
+def test_a_log_with_a_hole_of_gigabytes_takes_no_memory(tmp_path, after):
+    path = tmp_path / "events.jsonl"
+    with path.open("wb") as file:
+        file.write(json.dumps(step(1)).encode() + b"\n")
+        file.seek(3 << 30)
+        file.write(b"x" + after)
+    tracemalloc.start()
+    try:
+        assert readable_events(path)[0] == [step(1)]
+        assert EventLog(path).set_aside is not None
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
+    assert read_events(path) == [step(1)]
+
+
+def test_of_a_log_too_long_to_be_held_the_beginning_is_read_and_all_of_it_continued(tmp_path, monkeypatch):
+    path = tmp_path / "events.jsonl"
+    path.write_text("".join(f"{json.dumps(step(number))}\n" for number in range(1, 10)))
+    monkeypatch.setattr(log_of, "_MOST", 100)
+    events, why = readable_events(path)
+    assert events == [step(1), step(2)] and "only its beginning is read" in str(why)
+    assert EventLog(path).set_aside is None and len(read_events(path)) == 9
 
 
 def test_a_log_that_cannot_be_opened_is_an_error_that_names_it(tmp_path):

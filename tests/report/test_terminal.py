@@ -117,6 +117,10 @@ def test_the_start_says_what_is_trained_on_what_and_how():
         assert words in out
 
 
+def test_where_the_steps_decide_no_epochs_are_said():
+    assert re.search(r"run +6 steps, layer-major", printed(start(epochs=None)))
+
+
 def test_evaluations_checkpoints_and_notices_have_a_line_each():
     out = printed(
         start(steps=100),
@@ -204,6 +208,28 @@ def test_a_resumed_run_knows_its_first_answers_and_its_whole_curve(tmp_path):
     curve = out[out.index("\nLoss\n") :]
     assert re.search(r"^ 3\.2 ┤", curve, re.MULTILINE) and "900" not in curve
     assert re.search(r"^step +1 .* 6$", curve, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "lacking",
+    [
+        *(
+            {"event": "step", "step": 1},
+            {"event": "step", "step": 1, "loss": []},
+            step(1) | {"loss": "x"},
+            step(1, 10**400),
+        ),
+        *(step(1, 2.0, step_seconds="x"), {"event": "evaluation", "step": 1}),
+        {"event": "evaluation", "step": 1, "eval_loss": None},
+        *({"event": "generation"}, generation(0, 0, None), generation(0, 0, "") | {"samples": [1]}),
+        *(generation(0, 0, "") | {"exact_match": "x"}, generation(0, 0, "") | {"exact_match": 10**400}),
+        *({"event": "start", "first_step": 0}, {"event": "plan"}, {"event": "end"}),
+    ],
+)
+def test_an_event_of_an_earlier_attempt_that_lacks_something_ends_no_run(lacking):
+    events = start(first_step=2), step(3, 1.0), generation(6, 60, "{}"), end(3)
+    out = printed(*events, history=[start(), lacking])
+    assert "100.0%" in out and "Done" in out
 
 
 def test_the_pace_of_an_earlier_attempt_does_not_count():
