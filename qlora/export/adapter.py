@@ -21,8 +21,8 @@ from qlora.errors import AdapterError
 from qlora.redact import redact, redacted
 
 RUN_FILE = "run.json"  # the run's facts, for programs
-# All that `write` writes. A later run under another method would not overwrite each of them.
 _ADVICE = "the last checkpoint is whole: with more room there --resume writes it again, without training"
+# All that `write` writes. A later run under another method would not overwrite each of them.
 FILES = ("adapter_*", "model*.safetensors*", "*config.json", "tokenizer*", "chat_template*", "recipe.yaml", "README.md")
 
 
