@@ -256,16 +256,14 @@ def free_disk_bytes(path: Path) -> int:
 
 
 def disk_error(path: Path, error: OSError, nbytes: int, advice: str) -> MachineError:
-    """The error for a disk that does not take `nbytes` bytes at `path`, with the numbers.
+    """The error for a disk that does not take `nbytes` bytes at `path`; with the numbers, where it is full.
 
-    advice  what to do where it is full
+    advice  what to do, whatever the disk has against it
     """
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return MachineError(f"{path}: cannot be written: {error.strerror or error}")
-    needed, free = readable(nbytes), readable(_free(path))
-    return MachineError(
-        f"{path}: cannot be written: {error.strerror or error} (needs {needed}, {free} are free)\n  {advice}"
-    )
+    numbers = ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        numbers = f" (needs {readable(nbytes)}, {readable(_free(path))} are free)"
+    return MachineError(f"{path}: cannot be written: {error.strerror or error}{numbers}\n  {advice}")
 
 
 def readable(nbytes: int) -> str:

@@ -37,8 +37,8 @@ PREFIX = "checkpoint-"
 _NAME = re.compile(rf"{PREFIX}[1-9][0-9]{{0,11}}")
 STATE, WEIGHTS, OPTIMIZER = "state.json", "weights.safetensors", "optimizer.safetensors"
 _ADVICE = (
-    "the last checkpoint is whole: with more room there --resume goes on from it;"
-    " training.save_total_limit: 1 needs the least"
+    "earlier checkpoints are whole: once it can be written, --resume goes on from the last;"
+    " training.save_total_limit: 1 needs the least room"
 )
 _BESIDE = 1 << 20  # bytes of a checkpoint that are no tensors: headers, the state, what a file system rounds up
 _MOST_STATE = 16 << 20  # bytes; a long chat template is most of it

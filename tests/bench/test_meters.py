@@ -1,5 +1,6 @@
 """What is counted is what is there: of ours as the simulation has it, of the stock stack at least what must be."""
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -29,6 +30,14 @@ def count(setup, directory, steps=2):
     return ready, counted(loop, ready, batches, steps)
 
 
+def standing_gib():
+    """What is alive of other tests: their fixtures, the frames of one that failed. It would be counted too."""
+    gc.collect()
+    tensors = (each for each in gc.get_objects() if issubclass(type(each), torch.Tensor) and each.device == CPU)
+    storages = {each.untyped_storage()._cdata: each.untyped_storage().nbytes() for each in tensors}
+    return sum(storages.values()) / GIB
+
+
 @pytest.fixture
 def setup(checkpoint):
     # Large enough for its peak to stand above the buffers that a simulation knows nothing of.
@@ -38,10 +47,10 @@ def setup(checkpoint):
 
 @pytest.mark.parametrize("memory", [{}, {"layers_kept": 2}, {"layers_on_device": 0, "layers_on_host": 0}], ids=str)
 def test_live_tensors_of_a_step_are_those_of_its_simulation(memory, setup, tmp_path):
-    setup = replace(setup, memory=memory)
+    setup, others = replace(setup, memory=memory), standing_gib()
     _, real = count(setup, tmp_path)
     predicted = _predict((setup, WORK), RATES)
-    assert real.tensors == pytest.approx(predicted.allocated, rel=0.01)
+    assert real.tensors - others == pytest.approx(predicted.allocated, rel=0.01)
 
 
 def test_computing_again_is_told_from_what_must_be_computed(setup, tmp_path):
