@@ -517,6 +517,12 @@ class Config(Section):
         default=QuantizationConfig(), description="How the base is kept in 4 bits."
     )
     lora: LoraSection = Field(default=LoraSection(), description="The adapter.")
+    adapter: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Go on training this adapter instead of a new one: its directory, or its name in the library. "
+        "`lora` is then the adapter's own.",
+    )
     data: DataConfig = Field(description="What is trained on, and what is held out.")
     training: TrainingConfig = Field(default=TrainingConfig(), description="The run.")
     memory: MemoryConfig = Field(default=MemoryConfig(), description="What is traded for memory.")
@@ -533,6 +539,8 @@ class Config(Section):
                 "memory.layers_on_device",
                 f"`memory.layers_on_device` places 4-bit layers, which `method: {self.method}` has not",
             )
+        if self.method == "full" and self.adapter is not None:
+            yield Contradiction("adapter", "`adapter` is a LoRA to go on with, and `method: full` trains every weight")
         if self.method == "full":
             for key in ("embeddings", "adapters"):
                 if getattr(self.memory, key) != "device":

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora.config import Config
+from qlora.config import Config, LoraSection
 from qlora.data import chat
 from qlora.data.prepare import Data, prepare
 from qlora.data.show import show
@@ -85,17 +86,25 @@ def _train(
 ) -> Outcome:
     """The run, once its data is read and its directory is its own. found: the checkpoint to go on from."""
     device, output = pick_device(), Path(config.training.output_dir)
+    before = _adapter_before(config)
+    if before is not None:
+        config = config.model_copy(update={"lora": before.section})
     planned = planned_for(config, source, data, output, found is not None, say)
     if planned is not None:
         config = planned.config
         events.emit("plan", **as_event(planned))
     training, recipe = config.training, dump_recipe(_without_secrets(config))
-    about = _about(config, source, data, device)
+    about = _about(config, source, data, device, before)
     if found is not None:
         _say_what_changed(found, about, say)
     keep_recipe(recipe, output)
     base = load_base(config, source, device, say)
-    model = base.model if config.method == "full" else attach(base.model, config.lora, training.seed)
+    if config.method == "full":
+        model = base.model
+    elif before is not None:
+        model = load_adapter(base.model, str(before.path), trainable=True)
+    else:
+        model = attach(base.model, config.lora, training.seed)
     model.train()
     step = choose(base.model, device, config.memory, training.seed, output, say)
     packing = config.data.packing and step.isolates_documents
@@ -133,6 +142,8 @@ def _train(
             if planned is not None:
                 figures["planned"] = compared(planned, loop, device, say)
             facts = export.facts(figures | held_out.figures, data.train.rows.fingerprint, device_name(device))
+            facts |= {"base": {"fingerprint": source.fingerprint(), "revision": source.revision}}
+            facts |= {"continued_from": before.sha256} if before is not None else {}
             export.write(output, model, data.tokenizer, recipe, source.name, source.revision, facts)
         except BaseException as error:
             how = "interrupted" if isinstance(error, KeyboardInterrupt) else type(error).__name__
@@ -249,19 +260,47 @@ def _check_vocabulary(data: Data, source: Source, config: Config) -> None:
         )
 
 
-def _about(config: Config, source: Source, data: Data, device: torch.device) -> checkpoint.Run:
+@dataclass(frozen=True, slots=True)
+class _Adapter:
+    """The adapter that a run goes on from. sha256: of its weights."""
+
+    path: Path
+    section: LoraSection
+    sha256: str
+
+
+def _adapter_before(config: Config) -> _Adapter | None:
+    """What the recipe's `adapter` names. Raises AdapterError where it is none, or `lora` asks for another."""
+    if config.adapter is None:
+        return None
+    path = Path(config.adapter).expanduser()
+    if not path.is_dir():
+        raise AdapterError(f"adapter: {config.adapter}: no such directory")
+    section = export.section_of(path)
+    asked = config.lora.model_dump()
+    if other := [
+        key for key, value in LoraSection().model_dump().items() if asked[key] not in (value, getattr(section, key))
+    ]:
+        keys = ", ".join(f"lora.{key}" for key in other)
+        raise AdapterError(f"{keys}: the adapter {path} is made otherwise, and goes on as it is; leave `lora` out")
+    return _Adapter(path, section, export.weights_sha256(path))
+
+
+def _about(config: Config, source: Source, data: Data, device: torch.device, before: _Adapter | None) -> checkpoint.Run:
     """What must be the same for a checkpoint to be resumed, all that decides what the next step computes; and the rest,
     which may be another."""
     settings = config.model_dump(mode="json")
     kept = ("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "optim")
     decided = ("max_seq_length", "packing", "assistant_only_loss")
-    name = settings["model"].pop("model_name_or_path")  # may have moved
+    name = settings["model"].pop("model_name_or_path")  # may have moved, as may the adapter
+    settings.pop("adapter")
     rows = {key: settings["data"].pop(key) for key in decided} | data.fingerprints(config.data.packing)
     identity = {
         "method": config.method,
         "model": settings.pop("model") | {"commit": source.revision, "fingerprint": source.fingerprint()},
         "quantization": settings.pop("quantization") if config.method == "qlora" else None,
         "lora": settings.pop("lora") if config.method != "full" else None,
+        "adapter": before.sha256 if before is not None else None,
         "data": rows,
         "chat_template": data.tokenizer.chat_template,
         "today": data.today,

@@ -1,10 +1,12 @@
 """The main path, whole: recipe in, adapter out, on tiny models; and what it does when it is stopped or cannot go on."""
 
+import hashlib
 import json
 import math
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from transformers import AutoTokenizer
 
 import qlora
 from qlora import run
-from qlora.config import Config
+from qlora.config import Config, LoraSection
 from qlora.errors import AdapterError, CheckpointError, DataError, MachineError, NonFiniteLossError, TrainingError
 from qlora.lock import Lock
 from qlora.report.events import read_events
@@ -571,3 +573,66 @@ def test_a_damaged_log_stops_no_resume_and_is_kept(harm, halfway, tmp_path):
     assert outcome.stopped is None and (output / "events.jsonl.damaged").read_bytes() == before
     assert any("is damaged; all of it lies in events.jsonl.damaged" in event["text"] for event in of(events, "notice"))
     assert read_events(log)[-1]["event"] == "end"
+
+
+# --- going on from an adapter
+
+
+@pytest.fixture(scope="module")
+def trained(checkpoint, tmp_path_factory):
+    """The recipe of a run that is over; its adapter lies in its output_dir."""
+    config = tiny.recipe(tiny.chat_model(checkpoint), tmp_path_factory.mktemp("trained"), lora={"lora_dropout": 0.0})
+    train(config)
+    return config
+
+
+def test_training_goes_on_from_an_adapter_where_it_was_left_and_says_so(trained, tmp_path):
+    """On the same rows its first loss is what the last adapter gives, and not a new one's."""
+    before = trained.training.output_dir
+    more = changed(
+        trained, adapter=before, lora=LoraSection().model_dump(), training={"output_dir": str(tmp_path / "out")}
+    )
+    _, events = train(more)
+    fresh = changed(trained, training={"output_dir": str(tmp_path / "fresh")})
+    _, others = train(fresh)
+    scored = changed(trained, adapter=before, training={"output_dir": str(tmp_path / "again"), "learning_rate": 1e-30})
+    _, still = train(scored)
+    first, new, again = (of(each, "step")[0]["loss"] for each in (events, others, still))
+    assert first == again < 0.9 * new
+    there, here = (
+        load_file(f"{before}/adapter_model.safetensors"),
+        load_file(tmp_path / "again" / "adapter_model.safetensors"),
+    )
+    assert there.keys() == here.keys() and all(torch.allclose(there[k], here[k], atol=1e-20) for k in there)
+    facts = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (
+        facts["continued_from"] == hashlib.sha256((Path(before) / "adapter_model.safetensors").read_bytes()).hexdigest()
+    )
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (8, 16)  # the adapter's, not the recipe's defaults
+    assert isinstance(qlora.generate(tmp_path / "out", "Who?", max_new_tokens=2), str)
+
+
+def test_a_run_that_goes_on_from_an_adapter_is_resumed_from_its_own_checkpoint(trained, tmp_path):
+    def config(name):
+        output = {"output_dir": str(tmp_path / name), "num_train_epochs": 2.0}
+        return changed(trained, adapter=trained.training.output_dir, training=output)
+
+    train(config("straight"))
+    train(config("broken"), signalling(signal.SIGINT, 2))
+    train(config("broken"), resume=True)
+    there, here = (tmp_path / name / "adapter_model.safetensors" for name in ("straight", "broken"))
+    assert there.read_bytes() == here.read_bytes()
+
+
+def test_an_adapter_that_cannot_be_gone_on_from_is_said(trained, checkpoint, tmp_path):
+    output = {"output_dir": str(tmp_path / "out")}
+    with pytest.raises(AdapterError, match="adapter: nowhere: no such directory"):
+        train(changed(trained, adapter="nowhere", training=output))
+    with pytest.raises(AdapterError, match=r"^lora\.r: the adapter .* is made otherwise"):
+        train(changed(trained, adapter=trained.training.output_dir, lora={"r": 4}, training=output))
+    wider = str(tiny.chat_model(checkpoint, hidden_size=96))
+    with pytest.raises(AdapterError, match="not a LoRA adapter for this base"):
+        train(
+            changed(trained, adapter=trained.training.output_dir, model={"model_name_or_path": wider}, training=output)
+        )

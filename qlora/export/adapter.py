@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -14,14 +15,17 @@ from typing import Any
 
 import yaml
 from peft import PeftModel
+from pydantic import ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora import durable
+from qlora.config import LoraSection
 from qlora.errors import AdapterError
+from qlora.model.untrusted import read_json
 from qlora.redact import redact, redacted
 
 RUN_FILE = "run.json"  # the run's facts, for programs
-_ADVICE = "the last checkpoint is whole: with more room there --resume writes it again, without training"
+_ADVICE = "the last checkpoint is whole: once it can be written, --resume writes it, without training"
 # All that `write` writes. A later run under another method would not overwrite each of them.
 FILES = ("adapter_*", "model*.safetensors*", "*config.json", "tokenizer*", "chat_template*", "recipe.yaml", "README.md")
 
@@ -125,6 +129,32 @@ def base_of(directory: Path) -> tuple[str, str | None]:
         raise AdapterError(f"{directory}: no adapter there (it has no adapter_config.json)") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"{directory}/adapter_config.json: names no base model: {error}") from error
+
+
+def section_of(directory: Path) -> LoraSection:
+    """An adapter's own configuration as a recipe's `lora` section. Raises AdapterError where it is none of LoRA's."""
+    path = directory / "adapter_config.json"
+    found = read_json(path, AdapterError)
+    known = {key: found[key] for key in LoraSection.model_fields if found.get(key) is not None}
+    # How A and B started is past. `autocast_adapter_dtype` is no key of PEFT's file: its own default holds.
+    known.pop("init_lora_weights", None)
+    if isinstance(names := known.get("target_modules"), list):
+        known["target_modules"] = sorted(names)  # PEFT writes a set
+    try:
+        return LoraSection.model_validate(known)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise AdapterError(f"{path}: `{'.'.join(map(str, first['loc']))}`: {first['msg']}") from error
+
+
+def weights_sha256(directory: Path) -> str:
+    """SHA-256 of an adapter's weights. Raises AdapterError where there are none."""
+    path = directory / "adapter_model.safetensors"
+    try:
+        with path.open("rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+    except OSError as error:
+        raise AdapterError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def card(
