@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_bench(commands.add_parser("bench", help="measure VRAM and speed of ours and others doing the same work"))
 
     generate = commands.add_parser("generate", help="answer a prompt with a trained adapter")
-    generate.add_argument("adapter", help="directory that `qlora train` left, or any PEFT LoRA")
+    generate.add_argument("adapter", help="directory that `qlora train` left, any PEFT LoRA, or a name in the library")
     generate.add_argument("prompt", help="what the user says; - reads it from standard input")
     generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="at most (%(default)s)")
     generate.add_argument(
@@ -92,9 +92,94 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.set_defaults(command=_generate)
 
+    _add_export(commands.add_parser("export", help="write an adapter as PEFT, one merged model, GGUF or for Ollama"))
+    _add_adapters(commands.add_parser("adapters", help="keep adapters by name: versions, tags, lineage, differences"))
+    _add_chat(commands.add_parser("chat", help="talk with adapters on one base, and compare what they say"))
+    _add_serve(commands.add_parser("serve", help="answer as OpenAI's chat API does; `model` names the adapter"))
+
     schema = commands.add_parser("schema", help="print the JSON Schema of recipes")
     schema.set_defaults(command=_schema)
     return parser
+
+
+def _add_export(export: argparse.ArgumentParser) -> None:
+    export.add_argument("adapter", help="a run's directory, any PEFT LoRA, or a name in the library")
+    export.add_argument("--to", nargs="+", required=True, choices=_EXPORTS, metavar="KIND", help=", ".join(_EXPORTS))
+    export.add_argument("--out", metavar="DIR", help="where to (exports/<name of the adapter>)")
+    export.add_argument(
+        "--weights",
+        choices=("auto", "original", "dequantized"),
+        default="auto",
+        help="what to merge into: the 16-bit base, or what training saw of it; auto measures both (%(default)s)",
+    )
+    export.add_argument("--gguf-type", choices=("f16", "bf16", "q8_0"), default="f16", help="of matrices (%(default)s)")
+    export.add_argument("--force", action="store_true", help="even where the merged model is not true to the adapter")
+    _add_base(export)
+    export.set_defaults(command=_export)
+
+
+def _add_base(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", metavar="ID", help="where the base model lies now, instead of where the adapter says")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that ships with the base; it can do anything"
+    )
+
+
+def _add_adapters(adapters: argparse.ArgumentParser) -> None:
+    kinds = adapters.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="action")
+    for action, said, words in (
+        ("list", "all names, with their newest version", ()),
+        ("show", "one adapter: base, data, how good", ("NAME",)),
+        ("add", "take an adapter in, as a new version where the name is there", ("DIR",)),
+        ("tag", "mark a version", ("NAME", "TAG")),
+        ("log", "where it comes from: base, data, adapters before it, figures", ("NAME",)),
+        ("diff", "two adapters: recipe, data, figures, change of the weights by layer", ("A", "B")),
+        ("rollback", "let the name mean the version before", ("NAME",)),
+        ("rm", "put it into the trash", ("NAME",)),
+        ("restore", "take it back out of the trash", ("NAME",)),
+        ("verify", "check every file against its SHA-256", ("[NAME]",)),
+    ):
+        parser = kinds.add_parser(action, help=said)
+        for word in words:
+            name = word.strip("[]")
+            parser.add_argument(f"word_{name}", metavar=name, nargs=None if name == word else "?")
+        if action == "add":
+            parser.add_argument("--name", help="in the library (the directory's)")
+            parser.add_argument("--tag", help="mark this version")
+        parser.add_argument("--json", action="store_true", dest="as_json", help="print it for programs")
+    adapters.set_defaults(command=_adapters)
+
+
+def _add_chat(chat: argparse.ArgumentParser) -> None:
+    _add_voices(chat)
+    chat.add_argument("--system", metavar="TEXT", help="system turn of every conversation")
+    chat.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="of an answer (%(default)s)")
+    chat.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: the likeliest (%(default)s)")
+    chat.add_argument("--seed", type=int, metavar="N", help="of the draw, above temperature 0")
+    chat.set_defaults(command=_chat)
+
+
+def _add_serve(serve: argparse.ArgumentParser) -> None:
+    _add_voices(serve)
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    serve.add_argument("--port", type=int, default=8000, metavar="N", help="(%(default)s)")
+    serve.add_argument("--api-key", metavar="KEY", help="what clients have to show; better in $QLORA_API_KEY")
+    serve.set_defaults(command=_serve)
+
+
+def _add_voices(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        required=True,
+        metavar="[NAME=]DIR",
+        dest="adapters",
+        help="directory, or name in the library; may be repeated",
+    )
+    _add_base(parser)
+
+
+_EXPORTS = ("peft", "merged", "gguf", "gguf-lora", "ollama")
 
 
 def _add_bench(bench: argparse.ArgumentParser) -> None:
@@ -232,6 +317,82 @@ def _runs(options: argparse.Namespace) -> int:
     return 0
 
 
+def _export(options: argparse.Namespace) -> int:
+    adapter = _resolved(options.adapter)
+    name = options.adapter.partition("@")[0].partition(":")[0] if "/" not in options.adapter else adapter.resolve().name
+    _hush()
+    from pathlib import Path
+
+    from qlora.exports import export
+
+    export(
+        adapter,
+        options.to,
+        Path(options.out or Path("exports") / name),
+        name=name,
+        weights=options.weights,
+        gguf_type=options.gguf_type,
+        base=options.base,
+        force=options.force,
+        trust_remote_code=options.trust_remote_code,
+    )
+    return 0
+
+
+def _adapters(options: argparse.Namespace) -> int:
+    from qlora.library.registry import Registry
+    from qlora.library.show import answer
+    from qlora.report.terminal import printable
+
+    _hush_kernels()
+    registry = Registry(say=lambda text: print(redact(f"note: {text}"), file=sys.stderr))
+    words = [value for key, value in vars(options).items() if key.startswith("word_") and value is not None]
+    named = {key: getattr(options, key, None) for key in ("name", "tag")}
+    found = answer(options.action, registry, *words, **named)
+    if options.as_json:
+        print(json.dumps(found.value, indent=2, allow_nan=False))
+    else:
+        print(*(printable(line, sys.stdout.encoding) for line in found.lines), sep="\n")
+    return found.status
+
+
+def _chat(options: argparse.Namespace) -> int:
+    _hush()
+    from qlora.serve.chat import chat
+
+    how = {key: getattr(options, key) for key in ("system", "max_new_tokens", "temperature", "seed")}
+    chat(_voices(options), base=options.base, trust_remote_code=options.trust_remote_code, **how)
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    _hush()
+    from qlora.serve.server import serve
+
+    serve(
+        _voices(options),
+        host=options.host,
+        port=options.port,
+        api_key=options.api_key or os.environ.get("QLORA_API_KEY") or None,
+        base=options.base,
+        trust_remote_code=options.trust_remote_code,
+    )
+    return 0
+
+
+def _voices(options: argparse.Namespace) -> Any:
+    from qlora.live import named
+
+    return {name: _resolved(str(place)) for name, place in named(options.adapters).items()}
+
+
+def _resolved(reference: str) -> Any:
+    """The directory that a name in the library, or a path, means."""
+    from qlora.library.registry import Registry
+
+    return Registry().resolve(reference)
+
+
 def _doctor(options: argparse.Namespace) -> int:
     _hush()
     from qlora.plan.show import show_doctor
@@ -273,7 +434,7 @@ def _generate(options: argparse.Namespace) -> int:
 
     prompt = sys.stdin.read().strip() if options.prompt == "-" else options.prompt
     how = {"max_new_tokens": options.max_new_tokens, "trust_remote_code": options.trust_remote_code}
-    print(run.generate(options.adapter, prompt, **how))
+    print(run.generate(_resolved(options.adapter), prompt, **how))
     return 0
 
 
@@ -287,11 +448,15 @@ def _run() -> Any:
 
 def _hush() -> None:
     """Tell the libraries underneath to keep to what concerns the user."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional CPU kernel at each start
+    _hush_kernels()
     if not sys.stderr.isatty():  # in a log a moving bar is thousands of lines
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
+
+
+def _hush_kernels() -> None:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional CPU kernel at each start
 
 
 def _schema(_: argparse.Namespace) -> int:

@@ -15,13 +15,13 @@ from qlora.data import chat
 from qlora.data.prepare import Data, prepare
 from qlora.data.show import show
 from qlora.errors import AdapterError, DataError, MachineError
-from qlora.evaluate.generation import answer
 from qlora.evaluate.held_out import HeldOut
 from qlora.export import adapter as export
+from qlora.library.registry import Registry
+from qlora.live import Live
 from qlora.machine import (
     device_name,
     first_words,
-    free_bytes,
     is_out_of_memory,
     memory_kind,
     peak_memory_gib,
@@ -29,10 +29,10 @@ from qlora.machine import (
 )
 from qlora.model.adapters import attach, load_adapter, trainable
 from qlora.model.load import Base, load_base
-from qlora.model.source import Source, open_source, read_tokenizer
+from qlora.model.source import Source, open_source
 from qlora.output import LOG, claimed, keep_recipe, make_room
 from qlora.plan.training import as_event, compared, planned_for
-from qlora.recipe import dump_recipe, load_recipe
+from qlora.recipe import dump_recipe
 from qlora.redact import redacted
 from qlora.report.events import EventLog, Events, readable_events
 from qlora.report.terminal import Terminal
@@ -160,22 +160,8 @@ def generate(adapter: str | Path, prompt: str, *, max_new_tokens: int = 256, tru
     adapter            a directory that `train` left, or any PEFT LoRA directory; its base is loaded as its recipe says
     trust_remote_code  run Python code that ships with the base; that an adapter's own recipe says so is not enough
     """
-    config = _recipe_of(Path(adapter), trust_remote_code)
-    source, device = open_source(config.model), pick_device()
-    base = load_base(config, source, device)
-    if (Path(adapter) / "tokenizer_config.json").is_file():
-        tokenizer = read_tokenizer(Path(adapter))  # with the template that the adapter was trained with
-    else:
-        tokenizer = source.tokenizer(config.model.trust_remote_code)
-        chat.set_chat_template(tokenizer, config.data.chat_template)
-    if config.method != "full":
-        load_adapter(base.model, str(adapter))
-    layout = "messages" if tokenizer.chat_template else "prompt-completion"
-    ids = chat.render_prompt(tokenizer, [{"role": "user", "content": prompt}], format=layout)
-    ends = chat.end_token_ids(tokenizer)
-    step = choose(base.model, device, config.memory, config.training.seed, ".", say=lambda text: None)
-    with step.whole_model(free_bytes(device) / 2):
-        return answer(base.model, device, tokenizer, [ids], ends, max_new_tokens, batch_size=1)[0]
+    with Live.load({"adapter": Path(adapter)}, trust_remote_code=trust_remote_code) as live:
+        return live.answer([{"role": "user", "content": prompt}], max_new_tokens).text
 
 
 def show_data(config: Config, samples: int = 3) -> None:
@@ -273,9 +259,10 @@ def _adapter_before(config: Config) -> _Adapter | None:
     """What the recipe's `adapter` names. Raises AdapterError where it is none, or `lora` asks for another."""
     if config.adapter is None:
         return None
-    path = Path(config.adapter).expanduser()
-    if not path.is_dir():
-        raise AdapterError(f"adapter: {config.adapter}: no such directory")
+    try:
+        path = Registry().resolve(config.adapter)
+    except AdapterError as error:
+        raise AdapterError(f"adapter: {error}") from error
     section = export.section_of(path)
     asked = config.lora.model_dump()
     if other := [
@@ -370,27 +357,3 @@ def _figures(loop: Loop, output: Path, stopped: str | None) -> dict[str, Any]:
 
 def _without_secrets(config: Config) -> Config:
     return Config.model_validate(redacted(config.model_dump(mode="json")))
-
-
-def _recipe_of(adapter: Path, trust_remote_code: bool) -> Config:
-    """The recipe that lies beside an adapter; for one from elsewhere, the defaults on its base."""
-    recipe = adapter / "recipe.yaml"
-    if recipe.is_file():
-        config = load_recipe(recipe, [f"model.trust_remote_code={str(trust_remote_code).lower()}"])
-        if not trust_remote_code and load_recipe(recipe).model.trust_remote_code:
-            raise AdapterError(
-                f"{recipe}: wants to run Python code that ships with {config.model.model_name_or_path}; it can do"
-                " anything\n  if you trust it: --trust-remote-code"
-            )
-        if config.method != "full":
-            return config
-        return config.model_copy(
-            update={"model": config.model.model_copy(update={"model_name_or_path": str(adapter), "revision": None})}
-        )
-    base, revision = export.base_of(adapter)
-    return Config.model_validate(
-        {
-            "model": {"model_name_or_path": base, "revision": revision, "trust_remote_code": trust_remote_code},
-            "data": {"datasets": [{"path": "none"}]},
-        }
-    )

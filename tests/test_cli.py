@@ -143,10 +143,29 @@ def test_a_bad_row_is_said_with_its_line(command, mistake, written, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("left", ["nothing", "no adapter"])
-def test_a_directory_without_an_adapter_is_said(left, mistake, tmp_path):
-    directory = tmp_path if left == "no adapter" else tmp_path / "nowhere"
-    assert mistake("generate", directory, "Who?").startswith(f"AdapterError: {directory}: no adapter there")
+def test_a_directory_without_an_adapter_is_said(mistake, tmp_path):
+    assert mistake("generate", tmp_path, "Who?").startswith(f"AdapterError: {tmp_path}: no adapter there")
+    said = mistake("generate", tmp_path / "nowhere", "Who?")
+    assert said.startswith("AdapterError: ") and "no such directory, and not a name in the library" in said
+
+
+def test_a_trained_adapter_is_taken_into_the_library_exported_and_asked_by_its_name(
+    written, mistake, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))
+    assert main(["train", str(written), "--set", "training.max_steps=1"]) == 0
+    assert main(["adapters", "add", str(tmp_path / "out"), "--name", "ada", "--tag", "first"]) == 0
+    assert main(["adapters", "list", "--json"]) == 0
+    capsys.readouterr()
+    assert main(["generate", "ada:first", "Who?", "--max-new-tokens", "2"]) == 0
+    exported = tmp_path / "exports"
+    assert main(["export", "ada", "--to", "peft", "merged", "gguf-lora", "--out", str(exported), "--force"]) == 0
+    assert main(["generate", str(exported / "peft"), "Who?", "--max-new-tokens", "2"]) == 0
+    asked, *_, again = capsys.readouterr().out.splitlines()
+    assert asked == again
+    assert {"peft", "merged"} <= {path.name for path in exported.iterdir()}
+    assert (exported / "merged" / "certificate.json").is_file() and (exported / "ada-lora.gguf").is_file()
+    assert "eve: no adapter of that name in the library" in mistake("export", "eve", "--to", "merged")
 
 
 # --- secrets

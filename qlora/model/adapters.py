@@ -145,9 +145,27 @@ def load_adapter(model: PreTrainedModel, path: str, trainable: bool = False) -> 
 
     Raises AdapterError where there is none, where it does not fit, or where it asks for more than LoRA.
     """
-    config = _ours(_read_config(Path(path)))
+    config = _ours(read_config(Path(path)))
     with foreign(f"{path}: not a LoRA adapter for this base", AdapterError):
         return PeftModel.from_pretrained(model, path, config=config, is_trainable=trainable)
+
+
+def add_adapter(model: PeftModel, path: str, name: str) -> None:
+    """Put one more adapter beside those that a model has, frozen and not in use: `model.set_adapter(name)` takes it.
+
+    Raises AdapterError as `load_adapter` does.
+    """
+    config = _ours(read_config(Path(path)))
+    config.inference_mode = True
+    with foreign(f"{path}: not a LoRA adapter for this base", AdapterError):
+        model.add_adapter(name, config)  # first, as PEFT would read the file itself for a name that it does not know
+        model.load_adapter(path, adapter_name=name)
+
+
+def changes_base(config: LoraConfig) -> bool:
+    """Whether putting such an adapter on its base changes the base itself, so that no other answers there as it did."""
+    start = config.init_lora_weights
+    return config.bias != "none" or (isinstance(start, str) and start.startswith(("pissa", "olora")))
 
 
 # What of an adapter_config.json is PEFT's own bookkeeping or harmless, beside what a recipe can ask for.
@@ -159,7 +177,7 @@ _STARTS = "gaussian|mica|olora|orthogonal|pissa|pissa_niter_[0-9]{1,3}"
 _UNUSED = {"auto_mapping", "runtime_config"}  # for PEFT's way to find a base; ours is found by the recipe
 
 
-def _read_config(directory: Path) -> LoraConfig:
+def read_config(directory: Path) -> LoraConfig:
     """An adapter's configuration, when nothing in it imports, downloads or allocates beyond what its weights hold."""
     path, weights = directory / "adapter_config.json", directory / "adapter_model.safetensors"
     if not path.is_file():

@@ -202,7 +202,7 @@ def _materialize(
         shown = "".join(f"\n  {line}" for line in wrong[:4]) + (f"\n  and {len(wrong) - 4} more" if wrong[4:] else "")
         raise ModelError(f"{source.name}: its weights do not fit its configuration:{shown}")
     model.config.name_or_path = model.name_or_path = source.name
-    model.generation_config = _generation_config(source, model)
+    model.generation_config = generation_config_of(source, model)
     return model
 
 
@@ -230,7 +230,7 @@ def build_skeleton(model_config: PreTrainedConfig, config: Config, name: str) ->
             return build("eager")
 
 
-def _generation_config(source: Source, model: PreTrainedModel) -> GenerationConfig:
+def generation_config_of(source: Source, model: PreTrainedModel) -> GenerationConfig:
     path = source.directory / "generation_config.json"
     with foreign(f"{path}: transformers cannot read it"):
         if source.gguf is None and path.is_file():

@@ -1,0 +1,1 @@
+"""Talking to adapters: at a terminal (chat), and for programs (engine, server)."""
