@@ -21,7 +21,6 @@ LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than
 
 # Names that other trainers give to knobs we have, so that what people paste is understood.
 RENAMED = {
-    "adapter": "method",
     "alpha": "lora.lora_alpha",
     "attention": "model.attn_implementation",
     "base_model": "model.model_name_or_path",

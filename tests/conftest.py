@@ -1,5 +1,7 @@
 """Tiny models of many architectures, made on the spot from their configurations."""
 
+import signal
+
 import pytest
 import torch
 from hypothesis import settings
@@ -18,9 +20,11 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    settings.register_profile("sample", deadline=None)  # other tests run beside them
     settings.register_profile("torture", max_examples=10_000, deadline=None)
-    if config.getoption("--torture"):
-        settings.load_profile("torture")
+    settings.load_profile("torture" if config.getoption("--torture") else "sample")
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # so a shell without job control starts what runs behind it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
