@@ -1,6 +1,5 @@
 """The library keeps adapters by name and version: whole, whoever writes at once and whenever the process dies."""
 
-import errno
 import hashlib
 import json
 import multiprocessing
@@ -12,7 +11,7 @@ import shutil
 import signal
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -25,9 +24,9 @@ from qlora.library import registry as module
 from qlora.library.registry import Registry
 from qlora.library.show import answer
 from qlora.lock import Lock
+from tests.disk_faults import Calls, die, full, in_a_child
 
 WEIGHT = "base_model.model.model.layers.0.mlp.up_proj.lora_{}.weight"
-CALLS = ("mkdir", "open", "write", "fsync", "rename", "replace", "unlink", "rmdir")  # all that changes a disk
 
 
 def adapter(directory: Path, seed: float = 0, run: dict | None = None, **config) -> Path:
@@ -393,58 +392,6 @@ def test_a_library_that_another_holds_is_waited_for_and_then_an_error_that_says_
     with Lock(three.home), pytest.raises(AdapterError, match=rf"process {os.getpid()} on .* is writing to it"):
         three.rollback("support")
     assert three.find("support").number == 2  # to read, nobody waits
-
-
-class Calls:
-    """Counts the calls that change a disk, and does something at one of them."""
-
-    def __init__(self, at: int = -1, then=lambda: None) -> None:
-        self.at, self.then, self.names = at, then, []
-
-    @contextmanager
-    def heard(self):
-        real = {name: getattr(os, name) for name in CALLS}
-
-        def wrapped(name):
-            def call(*arguments, **keywords):
-                if name == "open" and not arguments[1] & (os.O_WRONLY | os.O_RDWR):
-                    return real[name](*arguments, **keywords)  # reads change nothing
-                self.names.append(name)
-                if len(self.names) - 1 == self.at:
-                    if name == "write":  # a part of it is on the disk already
-                        real[name](arguments[0], arguments[1][: len(arguments[1]) // 2])
-                    self.then()
-                return real[name](*arguments, **keywords)
-
-            return call
-
-        for name in CALLS:
-            setattr(os, name, wrapped(name))
-        try:
-            yield self
-        finally:
-            for name in CALLS:
-                setattr(os, name, real[name])
-
-
-def full():
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def die():
-    os._exit(9)  # nothing is cleaned up, as under SIGKILL
-
-
-def in_a_child(work) -> int:
-    """Do it in a fork; returns its exit status."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def state(library: Registry) -> list:
