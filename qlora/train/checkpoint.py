@@ -135,11 +135,18 @@ def save(
         raise durable.disk_error(path, error, needed, _ADVICE) from error
     except durable.Damaged as why:
         raise MachineError(f"{path}: {why} when it was read back; is the disk failing? Older ones are kept") from None
-    if keep is not None:
-        # Only what is older: a newer one, of an attempt that went on from an older, is replaced when its step comes.
-        for old in [c for c in checkpoints(directory) if _step(c) <= progress.step][:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+    remove_older(path, keep)
     return path
+
+
+def remove_older(path: Path, keep: int | None) -> None:
+    """Remove the checkpoints beside `path` and older than it, so that `keep` are left with it; None: keep all.
+
+    A newer one, of an attempt that went on from an older, stays: it is replaced when its step comes.
+    """
+    if keep is not None:
+        for old in [c for c in checkpoints(path.parent) if _step(c) <= _step(path)][:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def checkpoints(directory: Path) -> list[Path]:

@@ -118,6 +118,7 @@ class Loop:
     def resume(self, found: checkpoint.Checkpoint) -> Progress:
         """Go back to a checkpoint. Raises CheckpointError."""
         self._saved, self.progress = found.path, checkpoint.load(found, self.parameters, self.optimizer)
+        checkpoint.remove_older(found.path, self.training.save_total_limit)  # a save may have died before it did
         if self.progress.step > self.schedule.steps:
             self.emit("notice", text=f"{found.path.name} is past the {self.schedule.steps} steps of this run")
         for _ in range(min(self.progress.step, self.schedule.steps)):

@@ -21,6 +21,7 @@ from qlora.config import TrainingConfig
 from qlora.errors import CheckpointError, MachineError
 from qlora.train import checkpoint, optim
 from qlora.train.checkpoint import Progress, Run, check_room, checkpoints, newest, save
+from qlora.train.loop import Loop
 
 IDENTITY = {"method": "qlora", "model": {"path": "base", "commit": None}, "lora": {"r": 8, "targets": ("q", "v")}}
 
@@ -60,6 +61,16 @@ def test_the_newest_are_kept_by_their_number(tmp_path):
     for step in (8, 9, 10, 11):
         saved(tmp_path, step, keep=3)
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10", "checkpoint-11"]
+
+
+def test_what_a_save_that_died_had_yet_to_remove_goes_when_the_run_goes_on(tmp_path):
+    for step in (9, 10, 11):
+        saved(tmp_path, step)
+    training = TrainingConfig(output_dir=str(tmp_path), optim="adamw_torch", max_steps=11, save_total_limit=2)
+    step = SimpleNamespace(device=torch.device("cpu"))
+    loop = Loop(step, made()[0], lambda _: [1], training, Run(IDENTITY), lambda *_, **__: None)
+    loop.resume(newest(tmp_path, print))
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-11"]
 
 
 def test_generators_go_on_where_they_were(tmp_path):
