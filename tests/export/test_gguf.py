@@ -17,7 +17,7 @@ from qlora.config import ModelConfig
 from qlora.data.chat import end_token_ids, render_prompt
 from qlora.errors import AdapterError, MachineError, ModelError
 from qlora.export import gguf as export
-from qlora.export import llama_cpp
+from qlora.export import gguf_model, llama_cpp
 from qlora.export.llama_cpp import Answer, Run, compare
 from qlora.model.source import open_source
 from tests import tiny
@@ -31,11 +31,11 @@ CUTS = {
     "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
     "smollm": [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
     "llama-bpe": [
-        pre_tokenizers.Split(Regex(export._LLAMA3), "isolated"),
+        pre_tokenizers.Split(Regex(gguf_model._LLAMA3), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ],
     "qwen2": [
-        pre_tokenizers.Split(Regex(export._LLAMA3.replace("{1,3}", "")), "isolated"),
+        pre_tokenizers.Split(Regex(gguf_model._LLAMA3.replace("{1,3}", "")), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ],
 }
@@ -290,7 +290,7 @@ def test_the_adapter_file_has_the_change_that_peft_makes(merged, tmp_path, archi
     bases = []
     for place in (directory, tmp_path / "whole"):  # both in the layout of the file
         export.write_gguf(place, tmp_path / "m.gguf", "bf16")
-        read = export._Architecture.of(whole(place).config)
+        read = gguf_model.Architecture.of(whole(place).config)
         state = whole(place).state_dict()
         bases.append({name: read.written(name, state[hf].numpy()) for name, hf in read.names.items() if hf in state})
     pairs = {name.removesuffix(".lora_a") for name in tensors if name.endswith(".lora_a")}
