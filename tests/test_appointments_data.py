@@ -11,13 +11,11 @@ import datetime
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
-DATA = Path(__file__).resolve().parents[1] / "recipes" / "data"
+from tests.rows import Row, ngrams, read, sentences, words
+
 SYSTEM = "Write the appointment as one line."
 ANSWER = re.compile(r"(?P<date>\d\d-\d\d) (?P<time>\d\d:\d\d) \| (?P<who>[^|]+) \| (?P<place>[^|]+)")
 
@@ -41,42 +39,17 @@ PLACE = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Appointment:
-    """One row: where it stands and its messages as parsed."""
-
-    where: str
-    messages: list[dict[str, str]]
-
-    @property
-    def text(self) -> str:
-        return self.messages[1]["content"]
-
-    @property
-    def answer(self) -> str:
-        return self.messages[2]["content"]
-
+class Appointment(Row):
     def part(self, name: str) -> str:
         """One of the answer's parts: date, time, who or place."""
-        found = ANSWER.fullmatch(self.answer)
-        assert found is not None, f"{self.where}: {self.answer}"
+        found = ANSWER.fullmatch(self.written)
+        assert found is not None, f"{self.where}: {self.written}"
         return found[name]
 
 
-def read(name: str) -> list[Appointment]:
-    lines = (DATA / name).read_text(encoding="utf-8").split("\n")
-    assert lines.pop() == "", f"{name} does not end with a newline"
-    return [Appointment(f"{name}:{number}", json.loads(line)["messages"]) for number, line in enumerate(lines, 1)]
-
-
-TRAIN = read("appointments_train.jsonl")
-HELD_OUT = read("appointments_heldout.jsonl")
+TRAIN = read("appointments_train.jsonl", Appointment)
+HELD_OUT = read("appointments_heldout.jsonl", Appointment)
 ALL = [*TRAIN, *HELD_OUT]
-
-
-def words(text: str) -> list[str]:
-    """`text` as lower-case words without punctuation: what two texts are compared by."""
-    return re.findall(r"\w+", text.casefold())
 
 
 def dates(text: str) -> list[str]:
@@ -117,17 +90,6 @@ def masked(appointment: Appointment) -> str:
     return CLOCK.sub(lambda match: "TIME" if match["minute"] or match["half"] else match[0], text)
 
 
-def ngrams(text: str, n: int) -> Iterator[tuple[str, ...]]:
-    found = words(text)
-    return (tuple(found[i : i + n]) for i in range(len(found) - n + 1))
-
-
-def sentences(text: str) -> set[str]:
-    """The sentences of a masked text that have three words or more."""
-    found = (" ".join(words(sentence)) for sentence in re.split(r"[.!?]", text))
-    return {sentence for sentence in found if len(sentence.split()) >= 3}
-
-
 def test_there_are_enough_rows_to_learn_from_and_to_count_on():
     assert len(TRAIN) >= 500
     assert len(HELD_OUT) >= 50
@@ -160,7 +122,7 @@ def test_the_answer_is_the_only_date_time_person_and_place_of_the_text():
             WHO.findall(row.text),
             PLACE.findall(row.text),
         )
-        assert row.answer == f"{date} {time} | {who} | {place[0].lower()}{place[1:]}", row.where
+        assert row.written == f"{date} {time} | {who} | {place[0].lower()}{place[1:]}", row.where
 
 
 def test_dates_exist_with_their_right_ordinals_and_times_are_office_hours():
@@ -224,12 +186,12 @@ def test_appointments_vary(rows: list[Appointment]):
 def test_an_answer_is_never_the_other_tasks():
     """Answering with the wrong adapter shows at once: another system message, and a line that is not JSON."""
     for name in ("orders_train.jsonl", "orders_heldout.jsonl"):
-        for row in read(name):
+        for row in read(name, Row):
             assert row.messages[0]["content"] != SYSTEM, row.where
-            assert not ANSWER.search(row.answer), row.where
+            assert not ANSWER.search(row.written), row.where
     for row in ALL:
         with pytest.raises(json.JSONDecodeError):
-            json.loads(row.answer)
+            json.loads(row.written)
 
 
 def test_one_pass_over_the_training_file_is_no_longer_than_the_orders():

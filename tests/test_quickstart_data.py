@@ -10,14 +10,12 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-DATA = Path(__file__).resolve().parents[1] / "recipes" / "data"
+from tests.rows import Row, ngrams, read, sentences, words
+
 KEYS = ["name", "item", "quantity", "city", "day"]
 SYSTEM = "Turn the order into one line of JSON."
 
@@ -33,41 +31,15 @@ NUMBER_WORDS = {
 NUMBER = rf"(?P<number>\d+|{'|'.join(sorted(NUMBER_WORDS, key=len, reverse=True))})"
 
 
-@dataclass(frozen=True, slots=True)
-class Order:
-    """One row: where it stands, its messages as parsed, the text that is asked and the answer that is wanted."""
-
-    where: str
-    messages: list[dict[str, str]]
-
-    @property
-    def text(self) -> str:
-        return self.messages[1]["content"]
-
+class Order(Row):
     @property
     def answer(self) -> dict[str, Any]:
-        return json.loads(self.messages[2]["content"])
+        return json.loads(self.written)
 
 
-def read(name: str) -> list[Order]:
-    lines = (DATA / name).read_text(encoding="utf-8").split("\n")
-    assert lines.pop() == "", f"{name} does not end with a newline"
-    return [Order(f"{name}:{number}", json.loads(line)["messages"]) for number, line in enumerate(lines, 1)]
-
-
-TRAIN = read("orders_train.jsonl")
-HELD_OUT = read("orders_heldout.jsonl")
+TRAIN = read("orders_train.jsonl", Order)
+HELD_OUT = read("orders_heldout.jsonl", Order)
 ALL = [*TRAIN, *HELD_OUT]
-
-
-def words(text: str) -> list[str]:
-    """`text` as lower-case words without punctuation: what two texts are compared by."""
-    return re.findall(r"\w+", text.casefold())
-
-
-def ngrams(text: str, n: int) -> Iterator[tuple[str, ...]]:
-    found = words(text)
-    return (tuple(found[i : i + n]) for i in range(len(found) - n + 1))
 
 
 def stated_quantities(text: str, item: str) -> set[int]:
@@ -99,7 +71,7 @@ def test_a_row_is_a_conversation_of_system_user_assistant():
 def test_an_answer_is_one_line_of_strict_json_in_the_only_form_that_counts():
     """Exact match compares strings, so there must be one right string: keys in order, no spaces, no escapes."""
     for order in ALL:
-        answer, written = order.answer, order.messages[2]["content"]
+        answer, written = order.answer, order.written
         assert list(answer) == KEYS, order.where
         assert written == json.dumps(answer, ensure_ascii=False, allow_nan=False, separators=(",", ":")), order.where
         assert [type(answer[key]) for key in KEYS[:4]] == [str, str, int, str], order.where
@@ -150,10 +122,6 @@ def test_held_out_wording_is_new():
             text = re.sub(rf"\b{re.escape(order.answer[key])}\b", key.upper(), text, flags=re.IGNORECASE)
         text = WEEKDAY.sub("DAY", text)
         return re.sub(rf"\b{NUMBER} (?:[a-z]+ of )?ITEM\b", "ITEM", text, flags=re.IGNORECASE)
-
-    def sentences(text: str) -> set[str]:
-        found = (" ".join(words(sentence)) for sentence in re.split(r"[.!?]", text))
-        return {sentence for sentence in found if len(sentence.split()) >= 3}
 
     train_ngrams = {ngram for order in TRAIN for ngram in ngrams(masked(order), 6)}
     train_sentences = {sentence for order in TRAIN for sentence in sentences(masked(order))}
