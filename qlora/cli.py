@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from qlora.errors import QLoRAError
@@ -110,9 +111,18 @@ def _add_export(export: argparse.ArgumentParser) -> None:
         "--weights",
         choices=("auto", "original", "dequantized"),
         default="auto",
-        help="what to merge into: the 16-bit base, or what training saw of it; auto measures both (%(default)s)",
+        help="what to merge into: the 16-bit base, or what training saw of it; auto measures both (%(default)s);"
+        " gguf-lora: dequantized writes the base as it was trained too",
     )
     export.add_argument("--gguf-type", choices=("f16", "bf16", "q8_0"), default="f16", help="of matrices (%(default)s)")
+    export.add_argument(
+        "--verify", action="store_true", help="load each export anew, and ask it the held-out questions"
+    )
+    export.add_argument(
+        "--push",
+        metavar="USER/REPO",
+        help="upload it to the hub, private where it is new; needs a token: `hf auth login`, or HF_TOKEN",
+    )
     export.add_argument("--force", action="store_true", help="even where the merged model is not true to the adapter")
     _add_base(export)
     export.set_defaults(command=_export)
@@ -148,6 +158,30 @@ def _add_adapters(adapters: argparse.ArgumentParser) -> None:
             parser.add_argument("--tag", help="mark this version")
         parser.add_argument("--json", action="store_true", dest="as_json", help="print it for programs")
     adapters.set_defaults(command=_adapters)
+
+    combine = kinds.add_parser("combine", help="several adapters as one, and what each task loses by it")
+    combine.add_argument(
+        "words", nargs="+", metavar="NAME[:WEIGHT]", help="names or directories; a weight left out is 1"
+    )
+    combine.add_argument(
+        "--method", default="cat", help="cat, svd, linear, ties, dare_ties, ... as PEFT has them (%(default)s)"
+    )
+    combine.add_argument(
+        "--density", type=float, help="share of the values that ties, dare and prune methods keep (0.5)"
+    )
+    combine.add_argument("--rank", type=int, metavar="N", help="of what comes of it, for methods that end in svd")
+    combine.add_argument("--seed", type=int, metavar="N", help="of what a dare method drops (0)")
+    meet = kinds.add_parser("interference", help="how adapters meet, in their weights and on each one's held-out rows")
+    meet.add_argument("words", nargs="+", metavar="NAME", help="names or directories")
+    for parser in (combine, meet):
+        parser.add_argument(
+            "--out", required=parser is combine, metavar="DIR", type=Path, help="a directory to be made"
+        )
+        parser.add_argument(
+            "--no-eval", action="store_false", dest="evaluate", help="the weights alone: the base is not loaded"
+        )
+        parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that ships with the base")
+        parser.set_defaults(command=_combine)
 
 
 def _add_chat(chat: argparse.ArgumentParser) -> None:
@@ -321,7 +355,6 @@ def _export(options: argparse.Namespace) -> int:
     adapter = _resolved(options.adapter)
     name = options.adapter.partition("@")[0].partition(":")[0] if "/" not in options.adapter else adapter.resolve().name
     _hush()
-    from pathlib import Path
 
     from qlora.exports import export
 
@@ -334,6 +367,8 @@ def _export(options: argparse.Namespace) -> int:
         gguf_type=options.gguf_type,
         base=options.base,
         force=options.force,
+        verify=options.verify,
+        push_to=options.push,
         trust_remote_code=options.trust_remote_code,
     )
     return 0
@@ -354,6 +389,19 @@ def _adapters(options: argparse.Namespace) -> int:
     else:
         print(*(printable(line, sys.stdout.encoding) for line in found.lines), sep="\n")
     return found.status
+
+
+def _combine(options: argparse.Namespace) -> int:
+    _hush()
+    from qlora import combining
+    from qlora.report.terminal import printable
+
+    keys = ("out", "method", "density", "rank", "seed", "evaluate", "trust_remote_code")
+    how = {key: getattr(options, key) for key in keys if hasattr(options, key)}
+    make = combining.combine if options.action == "combine" else combining.interference
+    report = make(options.words, say=lambda text: print(redact(text), file=sys.stderr), **how)
+    print(*(printable(redact(line), sys.stdout.encoding) for line in report.lines()), sep="\n")
+    return 0
 
 
 def _chat(options: argparse.Namespace) -> int:

@@ -17,8 +17,8 @@ FLOORS = [
     },
     {"model"},
     {"data", "train", "evaluate", "export", "report", "library"},
-    {"plan", "output", "live"},  # the first runs the step, with nothing in it
-    {"run", "exports", "bench", "serve"},
+    {"plan", "output", "live", "verified"},  # the first runs the step, with nothing in it
+    {"run", "exports", "combining", "bench", "serve"},
     {"cli"},
 ]
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")

@@ -11,7 +11,6 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 
-@torch.no_grad()
 def answer(
     model: PreTrainedModel,
     device: torch.device,
@@ -22,11 +21,29 @@ def answer(
     batch_size: int,
     requested: Callable[[], bool] = lambda: False,
 ) -> list[str]:
-    """The most likely answer to each prompt, token by token, until an end token or max_new_tokens.
+    """The most likely answer to each prompt as text; as `answer_ids` has it."""
+    found = answer_ids(model, device, tokenizer.pad_token_id, prompts, end_ids, max_new_tokens, batch_size, requested)
+    told = (ids[:-1] if ids and ids[-1] in end_ids else ids for ids in found)
+    return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in told]
 
-    requested  whether it was asked to stop; the answers are then cut off where they are
+
+@torch.no_grad()
+def answer_ids(
+    model: PreTrainedModel,
+    device: torch.device,
+    pad_token_id: Any,
+    prompts: Sequence[Sequence[int]],
+    end_ids: Sequence[int],
+    max_new_tokens: int,
+    batch_size: int,
+    requested: Callable[[], bool] = lambda: False,
+) -> list[list[int]]:
+    """The most likely answer to each prompt, token by token, up to an end token, which it has, or max_new_tokens.
+
+    pad_token_id  fills shorter prompts up; None: the first of `end_ids`
+    requested     whether it was asked to stop; the answers are then cut off where they are
     """
-    pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_ids[0]
+    pad = end_ids[0] if pad_token_id is None else pad_token_id
     how = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=list(end_ids), pad_token_id=pad, use_cache=True
     )
@@ -36,7 +53,7 @@ def answer(
         return torch.full((ids.shape[0],), requested(), device=ids.device)
 
     stop = StoppingCriteriaList([cast(StoppingCriteria, asked)])
-    answers = [""] * len(prompts)
+    answers: list[list[int]] = [[] for _ in prompts]
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # least padding
     with evaluating(model):
         for first in range(0, len(by_length), batch_size):
@@ -52,8 +69,8 @@ def answer(
             out = generate(input_ids=ids, attention_mask=mask, generation_config=how, stopping_criteria=stop)
             for row, i in enumerate(members):
                 tokens = out[row, longest:].tolist()
-                ended = next((at for at, token in enumerate(tokens) if token in end_ids), len(tokens))
-                answers[i] = str(tokenizer.decode(tokens[:ended], skip_special_tokens=True))
+                end = next((at for at, token in enumerate(tokens) if token in end_ids), len(tokens))
+                answers[i] = tokens[: end + 1]
     return answers
 
 

@@ -58,7 +58,7 @@ def write(
     written = card(directory.resolve().name, recipe, base, revision, facts, is_adapter)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with durable.new_files(directory, RUN_FILE) as draft, _full_disk_as_os_error():
+        with durable.new_files(directory, RUN_FILE) as draft, full_disk_as_os_error():
             model.save_pretrained(str(draft.path), **how)
             tokenizer.save_pretrained(draft.path)
             draft.write("recipe.yaml", recipe.encode())
@@ -78,7 +78,7 @@ def nbytes(model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 
 
 @contextmanager
-def _full_disk_as_os_error() -> Iterator[None]:
+def full_disk_as_os_error() -> Iterator[None]:
     """safetensors and tokenizers write in Rust, with errors of their own for a full disk; they tell its number."""
     try:
         yield
@@ -158,7 +158,7 @@ def weights_sha256(directory: Path) -> str:
 
 
 def card(
-    name: str, recipe: str, base: str, revision: str | None, facts: Mapping[str, Any], is_adapter: bool = True
+    name: str, recipe: str | None, base: str, revision: str | None, facts: Mapping[str, Any], is_adapter: bool = True
 ) -> str:
     """The model card, with the metadata that model hubs read."""
     rows = "\n".join(f"| {key.replace('_', ' ')} | {_shown(value)} |" for key, value in _flat(facts))
@@ -183,16 +183,8 @@ def card(
             f'print(qlora.generate("{name}", "..."))',
             "```",
             "",
-            "| figure | measured |",
-            "|---|---|",
-            rows,
-            "",
-            "## Recipe",
-            "",
-            "```yaml",
-            recipe.strip(),
-            "```",
-            "",
+            *(["| figure | measured |", "|---|---|", rows, ""] if rows else []),
+            *(["## Recipe", "", "```yaml", recipe.strip(), "```", ""] if recipe else []),
         ]
     )
 

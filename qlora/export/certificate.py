@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -25,7 +26,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora.config import Config
 from qlora.errors import AdapterError, MachineError
-from qlora.export.merge import SHARD_BYTES, Merged, Weights, check_place, write
+from qlora.export.merge import Merged, Weights
+from qlora.export.writing import check_place, write
 from qlora.machine import free_bytes, give_back_memory
 from qlora.model.adapters import load_adapter
 from qlora.model.batch import Batch, regroup
@@ -35,7 +37,16 @@ from qlora.model.nf4 import four_bit_weights, standing
 from qlora.model.source import Source
 from qlora.redact import redact
 
-__all__ = ["CERTIFICATE", "LEAST_TOP1", "MOST_KL", "Certificate", "Fidelity", "certify", "export_merged"]
+__all__ = [
+    "CERTIFICATE",
+    "LEAST_TOP1",
+    "MOST_KL",
+    "Certificate",
+    "Fidelity",
+    "certify",
+    "export_merged",
+    "with_certificate",
+]
 
 CERTIFICATE = "certificate.json"
 MOST_KL = 0.05  # nats a token
@@ -103,7 +114,7 @@ class Certificate:
         """Which is better and by how much, in a sentence."""
         better = self.better
         if better is None:
-            return "Nothing was measured: how true this model is to the adapter is not known."
+            return "Nothing was measured: how true the merged model is to the adapter is not known."
         best = self.candidates[better]
         others = [name for name in self.candidates if name != better]
         if not others:
@@ -127,7 +138,7 @@ class Certificate:
                 "| | KL from live (nats a token) | same likeliest token | loss |",
                 "|---|---|---|---|",
                 *(
-                    f"| merged into {_ABOUT[name]}{' (**this model**)' if name == self.written else ''}"
+                    f"| merged into {_ABOUT[name]}{' (**written**)' if name == self.written else ''}"
                     f" | {f.kl:.2e} | {f.top1:.2%} | {f.loss:.4f} |"
                     for name, f in self.candidates.items()
                 ),
@@ -137,6 +148,13 @@ class Certificate:
             if not self.passes:
                 lines += ["", f"**Forced**: beyond the limits of KL {MOST_KL} or {LEAST_TOP1:.0%} of likeliest tokens."]
         return "\n".join([*lines, ""])
+
+
+def with_certificate(card: str, certificate: Certificate) -> str:
+    """An adapter's card with the certificate of what it became when merged, before its recipe; in place of another."""
+    card = re.sub(r"^## Fidelity certificate\n.*?(?=^## |\Z)", "", card, flags=re.DOTALL | re.MULTILINE)
+    before, recipe, after = card.partition("## Recipe\n")
+    return f"{before.rstrip()}\n\n{certificate.block()}" + (f"\n{recipe}{after}" if recipe else "")
 
 
 @torch.no_grad()
@@ -235,7 +253,6 @@ def export_merged(
     device: torch.device,
     weights: Literal["auto"] | Weights = "auto",
     force: bool = False,
-    shard_bytes: int = SHARD_BYTES,
     say: Callable[[str], None] = lambda text: None,
 ) -> Certificate:
     """Merge an adapter into its base, measure what comes of it, and write the better one to `out`.
@@ -281,7 +298,7 @@ def export_merged(
         (directory / CERTIFICATE).write_text(certificate.to_json(), encoding="utf-8")
         (directory / "README.md").write_text(_card(adapter, out, source, certificate), encoding="utf-8")
 
-    write(merged[cast(Weights, certificate.written)], out, beside, shard_bytes, say)
+    write(merged[cast(Weights, certificate.written)], out, beside, say=say)
     return certificate
 
 

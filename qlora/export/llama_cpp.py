@@ -117,10 +117,7 @@ def run(
 
     Raises MachineError where llama.cpp is not installed, ModelError where it cannot load or run the file.
     """
-    if find_spec("xllamacpp") is None:
-        raise MachineError(
-            "llama.cpp is not installed, so the export cannot be verified\n  pip install 'qlora-trainer[llama-cpp]'"
-        )
+    check_installed()
     most = max(len(answer.prompt) + len(answer.ids) for answer in answers)
     job = {
         "gguf": str(gguf),
@@ -161,6 +158,14 @@ def run(
             ids, stopped = ids[:-1], True
         runs.append(Run(one["rendered"], ids, stopped))
     return runs
+
+
+def check_installed() -> None:
+    """Raise MachineError where llama.cpp is not installed."""
+    if find_spec("xllamacpp") is None:
+        raise MachineError(
+            "llama.cpp is not installed, so the export cannot be verified\n  pip install 'qlora-trainer[llama-cpp]'"
+        )
 
 
 def compare(

@@ -27,7 +27,18 @@ from qlora.errors import AdapterError
 from qlora.library.facts import CONFIG, WEIGHTS, Facts, read_facts, recipe_of
 from qlora.model.untrusted import foreign, read_json
 
-__all__ = ["Change", "Difference", "change", "change_norms", "diff"]
+__all__ = [
+    "Change",
+    "Difference",
+    "Factors",
+    "NotPlain",
+    "Weights",
+    "change",
+    "change_norms",
+    "diff",
+    "layer_of",
+    "natural",
+]
 
 _LORA = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?:embedding_)?(?P<which>[AB])(?:\.weight)?")
 
@@ -88,7 +99,7 @@ def diff(a: Path, b: Path) -> Difference:
         recipe=recipe,
         metrics={name: (facts[0].measured.get(name), facts[1].measured.get(name)) for name in names},
         weights=weights,
-        layers=_grouped(weights, _layer),
+        layers=_grouped(weights, layer_of),
         kinds=_grouped(weights, lambda name: name.rsplit(".", 1)[-1]),
         total=_together("all", weights),
         notes=notes,
@@ -97,12 +108,12 @@ def diff(a: Path, b: Path) -> Difference:
 
 def change(a: Path, b: Path) -> tuple[list[Change], list[str]]:
     """What two adapters do to each weight that either is on, by name, and what is left out. One weight at a time."""
-    one, two = _Weights(a), _Weights(b)
+    one, two = Weights(a), Weights(b)
     changes, left_out = [], []
     for module in dict.fromkeys((*one.modules, *two.modules)):
         try:
             first, second = one.factors(module), two.factors(module)
-        except _NotPlain:
+        except NotPlain:
             left_out.append(module)
             continue
         if first and second and _shape(first) != _shape(second):
@@ -137,11 +148,11 @@ def change_norms(first: Factors | None, second: Factors | None) -> tuple[float, 
     return n1, n2, n
 
 
-class _NotPlain(Exception):
+class NotPlain(Exception):
     """What is in the files is not A and B of the rank that the configuration has, as for stacked experts."""
 
 
-class _Weights:
+class Weights:
     """The LoRA factors in an adapter's directory."""
 
     def __init__(self, directory: Path) -> None:
@@ -154,7 +165,7 @@ class _Weights:
         self.modules: dict[str, dict[str, str]] = {}
         self.others: list[str] = []
         with self._open() as file:
-            names = sorted(file.keys(), key=_natural)
+            names = sorted(file.keys(), key=natural)
         for name in names:
             if match := _LORA.fullmatch(name):
                 self.modules.setdefault(match["module"], {})[match["which"]] = name
@@ -162,7 +173,7 @@ class _Weights:
                 self.others.append(name)
 
     def factors(self, module: str) -> Factors | None:
-        """A, B and the scaling of a weight; None where the adapter is not on it. Raises _NotPlain."""
+        """A, B and the scaling of a weight; None where the adapter is not on it. Raises NotPlain."""
         names = self.modules.get(module)
         if names is None:
             return None
@@ -172,7 +183,7 @@ class _Weights:
             r = self._ranks.get(get_pattern_key(list(self._ranks), module), self._r)
             alpha = self._alphas.get(get_pattern_key(list(self._alphas), module), self._alpha)
         if [t.shape[dim] for t, dim in zip(tensors, (0, 1), strict=False) if t.dim() > 1] != [r, r]:
-            raise _NotPlain
+            raise NotPlain
         return tensors[0].flatten(1), tensors[1].flatten(1), alpha / (math.sqrt(r) if self._rooted else r)
 
     def _open(self) -> Any:
@@ -184,7 +195,7 @@ def _grouped(changes: Iterable[Change], key: Callable[[str], str]) -> list[Chang
     groups: dict[str, list[Change]] = {}
     for each in changes:
         groups.setdefault(key(each.name), []).append(each)
-    return [_together(name, each) for name, each in sorted(groups.items(), key=lambda item: _natural(item[0]))]
+    return [_together(name, each) for name, each in sorted(groups.items(), key=lambda item: natural(item[0]))]
 
 
 def _together(name: str, changes: Iterable[Change]) -> Change:
@@ -193,12 +204,12 @@ def _together(name: str, changes: Iterable[Change]) -> Change:
     return Change(name, *([math.hypot(*column) for column in columns] or [0.0, 0.0, 0.0]))
 
 
-def _layer(name: str) -> str:
+def layer_of(name: str) -> str:
     """The first number in a weight's name; `-` for what is in no layer, as the embedding."""
     return next((part for part in name.split(".") if part.isdecimal()), "-")
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 

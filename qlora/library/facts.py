@@ -15,12 +15,21 @@ from qlora.errors import AdapterError, RecipeError
 from qlora.model.untrusted import read_json
 from qlora.recipe import load_recipe
 
-__all__ = ["CONFIG", "RECIPE", "RUN", "WEIGHTS", "Facts", "flat", "read_facts", "recipe_of"]
+__all__ = ["CONFIG", "RECIPE", "RUN", "WEIGHTS", "Facts", "Part", "flat", "read_facts", "recipe_of"]
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 RUN = "run.json"
 RECIPE = "recipe.yaml"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """An adapter of a combination. sha256: of its weights; weight: what it counts in it."""
+
+    name: str
+    sha256: str
+    weight: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +43,7 @@ class Facts:
     parent_weights    where training went on from another adapter: the SHA-256 of that one's weights, which is what
                       says which it was: names move, and it need not be in any library
     continued_from    that adapter as the recipe names it
+    combined_from     of a combination: the adapters that went in, and in combined_by PEFT's method
     measured          figures by dotted name: eval_loss, exact_match, seconds
     versions          packages it was made with
     nbytes            of all its files
@@ -48,6 +58,8 @@ class Facts:
     data_sha256: str | None = None
     parent_weights: str | None = None
     continued_from: str | None = None
+    combined_from: tuple[Part, ...] = ()
+    combined_by: str | None = None
     measured: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     nbytes: int = 0
@@ -58,6 +70,7 @@ def read_facts(directory: Path) -> Facts:
     config, run = _json(directory / CONFIG), _json(directory / RUN)
     base, versions, targets = run.get("base"), run.get("versions"), config.get("target_modules")
     base, parent = base if isinstance(base, dict) else {}, _text(run.get("continued_from"))
+    by = run.get("combined_by")
     return Facts(
         base=_text(config.get("base_model_name_or_path")),
         revision=_text(config.get("revision")) or _text(base.get("revision")),
@@ -68,6 +81,8 @@ def read_facts(directory: Path) -> Facts:
         data_sha256=_text(run.get("data_sha256")),
         parent_weights=parent,
         continued_from=_text((recipe_of(directory) or {}).get("adapter")) if parent else None,
+        combined_from=tuple(_parts(run.get("combined_from"))),
+        combined_by=_text(by.get("method")) if isinstance(by, dict) else None,
         measured={key: found for key, value in flat(run.get("measured")) if (found := _number(value)) is not None},
         versions={str(k): str(v) for k, v in versions.items()} if isinstance(versions, dict) else {},
         nbytes=sum(path.stat().st_size for path in directory.iterdir() if path.is_file()),
@@ -94,6 +109,13 @@ def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _json(path: Path) -> dict[str, Any]:
     return read_json(path, AdapterError) if path.is_file() else {}
+
+
+def _parts(value: Any) -> Iterator[Part]:
+    for each in value if isinstance(value, list) else ():
+        match each:
+            case {"name": str(name), "sha256": str(sha256), "weight": given} if (weight := _number(given)) is not None:
+                yield Part(name, sha256, weight)
 
 
 def _text(value: Any) -> str | None:

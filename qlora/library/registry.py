@@ -66,6 +66,7 @@ class Version(BaseModel):
     added      when, in unix seconds
     tags       names for this version; within a name each is on one version only
     source     the directory that it came from
+    base       where its base lay then, if that was a path: what the adapter says may count from a directory of then
     withdrawn  when a rollback took it back; None while it counts
     """
 
@@ -77,6 +78,7 @@ class Version(BaseModel):
     added: Time
     tags: Annotated[tuple[Name, ...], Field(strict=False)] = ()
     source: str = ""
+    base: str = ""
     withdrawn: Time | None = None
 
     def __str__(self) -> str:
@@ -160,11 +162,15 @@ class Registry:
         return read_facts(self._there(version))
 
     def parent(self, facts: Facts) -> Version | None:
-        """The version here that an adapter was continued from: the one with those weights, under its oldest name."""
-        for version in sorted(self._read(), key=lambda version: version.added) if facts.parent_weights else []:
+        """The version here that an adapter was continued from."""
+        return self.holder(facts.parent_weights) if facts.parent_weights else None
+
+    def holder(self, sha256: str) -> Version | None:
+        """The version here whose weights have this SHA-256, under its oldest name."""
+        for version in sorted(self._read(), key=lambda version: version.added):
             try:
                 sealed = read_json(self.path(version) / durable.MANIFEST, AdapterError)
-                if sealed["files"][WEIGHTS]["sha256"] == facts.parent_weights:
+                if sealed["files"][WEIGHTS]["sha256"] == sha256:
                     return version
             except (AdapterError, KeyError, TypeError):
                 continue  # `verify` tells of it
@@ -181,7 +187,7 @@ class Registry:
         """
         name = _checked(directory.resolve().name.lower() if name is None else name, "--name")
         tag = None if tag is None else _checked(tag, "--tag")
-        files = _files(directory)
+        files, base = _files(directory), _base_here(directory)
         records = {file: _record(path) for file, path in files.items()}
         sha256, nbytes = _identity(records), sum(record.size for record in records.values())
         with self._writing(nbytes) as versions:
@@ -191,7 +197,8 @@ class Registry:
                 number=max((version.number for version in theirs), default=0) + 1,
                 sha256=sha256,
                 added=time.time(),
-                source=str(directory.resolve()).encode("utf-8", "backslashreplace").decode(),
+                source=_sayable(directory.resolve()),
+                base=base,
             )
             if _damage(self._object(sha256), sha256):
                 self._copy(directory, files, [v for v in versions if v.sha256 == sha256] or [new])
@@ -199,6 +206,9 @@ class Registry:
             if current is None or current.sha256 != sha256:
                 versions.append(new)
                 current = new
+            elif base and base != current.base:  # the same from where its base can be seen
+                at = versions.index(current)
+                current = versions[at] = current.model_copy(update={"base": base})
             return current if tag is None else _tag(versions, current, tag)
 
     def tag(self, reference: str, tag: str) -> Version:
@@ -288,14 +298,20 @@ class Registry:
         try:
             facts = read_facts(self.path(version))
             base, recorded = facts.base or "", facts.base_fingerprint
-            if recorded is None:
-                return Finding(str(version), "whole; the base's fingerprint is not recorded", bad=False)
-            if not Path(base).expanduser().exists():
+            if not _is_here(base):
+                base = version.base or base
+            if not _is_here(base):
                 return Finding(str(version), f"whole; the base is not here to compare: {base}", bad=False)
             from qlora.config import ModelConfig  # these import torch, for nothing where there is no base
+            from qlora.model.adapters import refuse_misfit
             from qlora.model.source import open_source
 
-            if open_source(ModelConfig(model_name_or_path=base)).fingerprint() == recorded:
+            source = open_source(ModelConfig(model_name_or_path=base))
+            if recorded is None:  # an adapter from elsewhere
+                refuse_misfit(self.path(version), source)
+                said = "whole; fits the base by names and shapes, of whose weights nothing is recorded"
+                return Finding(str(version), said, bad=False)
+            if source.fingerprint() == recorded:
                 return Finding(str(version), "whole; the base is the one it was trained on", bad=False)
             return Finding(str(version), f"the base here is not the one it was trained on: {base}")
         except QLoRAError as error:
@@ -434,6 +450,30 @@ def _directory(text: str) -> Path | None:
         return path if text and path.is_dir() else None
     except (OSError, RuntimeError, ValueError):  # too long, the home of nobody, a NUL
         return None
+
+
+def base_when_added(directory: Path) -> str | None:
+    """Where the base of an adapter in a library lay when it was added; None where that was no path, and for others."""
+    versions = _listed(directory / ENTRY) or []
+    return next((version.base for version in reversed(versions) if version.base), None)
+
+
+def _base_here(directory: Path) -> str:
+    """The absolute path of the base that an adapter names; "" where there is no such path."""
+    base = read_facts(directory).base or ""
+    return _sayable(Path(base).expanduser().resolve()) if _is_here(base) else ""
+
+
+def _is_here(base: str) -> bool:
+    try:
+        return bool(base) and Path(base).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # as in `_directory`
+        return False
+
+
+def _sayable(path: Path) -> str:
+    """A path as an index can hold it, whatever bytes are in it."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
 
 
 def _check(directory: Path) -> None:

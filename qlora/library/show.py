@@ -196,10 +196,16 @@ def _origin(registry: Registry, facts: Facts) -> list[tuple[str, str]]:
     """Rows on what an adapter was made from."""
     at = f" at {facts.revision}" if facts.revision else ""
     rows = [("base", f"{facts.base}{at}"), ("fingerprint", facts.base_fingerprint or "")]
-    rows += [("data", facts.data_sha256 or "not recorded")]
+    rows += [("data", facts.data_sha256 or ("" if facts.combined_from else "not recorded"))]
     if facts.parent_weights:
         unknown = f"{facts.continued_from or 'an adapter'} (weights {facts.parent_weights[:12]}), not in the library"
         rows += [("continued", f"from {registry.parent(facts) or unknown}")]
+    if facts.combined_from:
+        parts = [
+            f"{registry.holder(part.sha256) or f'{part.name} (weights {part.sha256[:12]})'} x {part.weight:g}"
+            for part in facts.combined_from
+        ]
+        rows += [("combined", f"from {' + '.join(parts)}, by {facts.combined_by}")]
     return rows
 
 

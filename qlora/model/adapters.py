@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +23,11 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from qlora.config import LoraSection
+from qlora.config import Config, DataConfig, DatasetConfig, LoraSection, ModelConfig
 from qlora.errors import AdapterError
+from qlora.model.load import build_skeleton
 from qlora.model.nf4 import four_bit_weight, thawed
+from qlora.model.source import Source
 from qlora.model.untrusted import foreign, inspect, read_json, refuse_pickle
 
 
@@ -131,9 +136,11 @@ def attach(model: PreTrainedModel, section: LoraSection, seed: int) -> PeftModel
         config = _ours(LoraConfig(task_type="CAUSAL_LM", **fields))
         with torch.random.fork_rng(devices=[p.device for p in model.parameters() if p.is_cuda][:1]):
             torch.manual_seed(seed)
-            adapted = get_peft_model(model, config, autocast_adapter_dtype=section.autocast_adapter_dtype)
+            with _quiet():
+                adapted = get_peft_model(model, config, autocast_adapter_dtype=section.autocast_adapter_dtype)
     except (ValueError, TypeError, KeyError) as error:
         raise AdapterError(f"this `lora` section does not fit the model: {error}") from error
+    _drop_what_is_on_nothing(adapted, section)  # type: ignore[arg-type]
     if not section.autocast_adapter_dtype:
         for parameter in trainable(adapted).values():
             parameter.data = parameter.data.to(model.dtype)
@@ -146,8 +153,10 @@ def load_adapter(model: PreTrainedModel, path: str, trainable: bool = False) -> 
     Raises AdapterError where there is none, where it does not fit, or where it asks for more than LoRA.
     """
     config = _ours(read_config(Path(path)))
-    with foreign(f"{path}: not a LoRA adapter for this base", AdapterError):
-        return PeftModel.from_pretrained(model, path, config=config, is_trainable=trainable)
+    with foreign(f"{path}: not a LoRA adapter for this base", AdapterError), _quiet():
+        adapted = PeftModel.from_pretrained(model, path, config=config, is_trainable=trainable)
+    _refuse_what_is_on_nothing(adapted, config, path)
+    return adapted
 
 
 def add_adapter(model: PeftModel, path: str, name: str) -> None:
@@ -160,6 +169,7 @@ def add_adapter(model: PeftModel, path: str, name: str) -> None:
     with foreign(f"{path}: not a LoRA adapter for this base", AdapterError):
         model.add_adapter(name, config)  # first, as PEFT would read the file itself for a name that it does not know
         model.load_adapter(path, adapter_name=name)
+    _refuse_what_is_on_nothing(model, config, path)
 
 
 def changes_base(config: LoraConfig) -> bool:
@@ -213,9 +223,81 @@ def read_config(directory: Path) -> LoraConfig:
         return LoraConfig(**taken)
 
 
+def refuse_misfit(directory: Path, source: Source, trust_remote_code: bool = False) -> None:
+    """Raise AdapterError where an adapter's matrices cannot be on a base, by their names and shapes.
+
+    No weight is read, of the adapter or of the base. What is on bare parameters, as stacked experts, is believed.
+    """
+    section = ModelConfig(model_name_or_path=source.name, trust_remote_code=trust_remote_code)
+    whole = Config(model=section, data=DataConfig(datasets=[DatasetConfig(path="none")]))
+    modules = dict(build_skeleton(source.config(trust_remote_code), whole, source.name).named_modules())
+    weights = directory / "adapter_model.safetensors"
+    with foreign(f"{weights}: truncated or not a safetensors file", AdapterError), safe_open(weights, "pt") as f:
+        shapes = {key: f.get_slice(key).get_shape() for key in f.keys()}  # noqa: SIM118 - no dict
+    for key, shape in shapes.items():
+        name, _, part = key.removeprefix("base_model.model.").partition(".lora_")
+        if part not in ("A.weight", "B.weight"):
+            continue
+        module = modules.get(name.removesuffix(".base_layer"))
+        if module is None:
+            raise AdapterError(f"{directory}: is for another base than {source.name}, which has no {name}")
+        weight, side = getattr(module, "weight", None), shape[1] if part[0] == "A" else shape[0]
+        if weight is not None and weight.dim() == 2 and side not in weight.shape:
+            raise AdapterError(
+                f"{directory}: is for another base than {source.name}: its {name} is {list(weight.shape)},"
+                f" the adapter's {part[0]} there {list(shape)}"
+            )
+
+
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """What the optimizer moves, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _on_nothing(model: PeftModel, config: LoraConfig) -> list[str]:
+    """Those of its `target_parameters` that the model has not, or not where PEFT could put a LoRA on them."""
+    found: Any = model.base_model.targeted_parameter_names
+    wanted = config.target_parameters or ()
+    return sorted(each for each in wanted if not any(f".{name}".endswith(f".{each}") for name in found))
+
+
+def _refuse_what_is_on_nothing(model: PeftModel, config: LoraConfig, where: str) -> None:
+    """PEFT only warns, and the adapter is another one than it says: without its experts."""
+    if missing := _on_nothing(model, config):
+        called = [name.replace(".parametrizations", "") for name, _ in model.named_parameters()]
+        packed = any(name.endswith(f".{missing[0]}.original") for name in called)
+        raise AdapterError(
+            f"{where}: no LoRA for {', '.join(missing)}: "
+            + ("stacked in four bits, where PEFT has none; `method: lora` has" if packed else "no such parameter")
+        )
+
+
+def _drop_what_is_on_nothing(model: PeftModel, section: LoraSection) -> None:
+    """Let a new adapter's config say what it is on.
+
+    Under `all-linear` PEFT adds the stacked experts of some architectures, which it cannot adapt in four bits; what was
+    asked for by name and is on nothing is AdapterError.
+    """
+    config: Any = model.peft_config["default"]
+    missing = _on_nothing(model, config)
+    if section.target_modules != "all-linear" or set(missing) & set(section.target_parameters or ()):
+        _refuse_what_is_on_nothing(model, config, "this `lora` section does not fit the model")
+    if missing:
+        warnings.warn(f"no LoRA on {', '.join(missing)}: PEFT has none for experts stacked in four bits", stacklevel=3)
+        config.target_parameters = [each for each in config.target_parameters if each not in missing] or None
+        tuner: Any = model.base_model
+        names = [*tuner.targeted_module_names, *tuner.targeted_parameter_names]
+        for pattern in (config.rank_pattern, config.alpha_pattern):
+            for key in [key for key in pattern if not any(re.match(rf"(.*\.)?({key})$", name) for name in names)]:
+                del pattern[key]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what PEFT and transformers warn of each other, about which a user can do nothing."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def _ours(config: LoraConfig) -> LoraConfig:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -103,11 +104,9 @@ class Session:
     def _command(self, command: str, rest: str = "") -> None:
         match command, rest.strip():
             case ("/use", name) if name:
-                self.live.use(None if name == BASE else name)
-                self._say(f"{self._who()} answers")
+                self._use(None if name == BASE else name)
             case ("/base", ""):
-                self.live.use(None)
-                self._say(f"{self._who()} answers")
+                self._use(None)
             case ("/compare", asked):
                 self._compare(asked)
             case ("/reset", ""):
@@ -120,6 +119,11 @@ class Session:
                 self.console.print(table)
             case _:
                 self._say(f"{command}: no such command, or not used so; /help", "red")
+
+    def _use(self, name: str | None) -> None:
+        started = time.perf_counter()
+        self.live.use(name)
+        self._say(f"{self._who()} answers (switched in {1000 * (time.perf_counter() - started):.0f} ms)")
 
     def _turn(self, text: str) -> None:
         asked = [*self.messages, {"role": "user", "content": text}]

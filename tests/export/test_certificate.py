@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qlora.config import ModelConfig
 from qlora.errors import AdapterError, MachineError
 from qlora.export import certificate as certificates
 from qlora.export.certificate import CERTIFICATE, Certificate, Fidelity, export_merged
@@ -146,6 +147,15 @@ def test_a_broken_adapter_is_refused_even_if_forced(adapted, tmp_path):
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(AdapterError, match="truncated"):
         export_merged(tmp_path / "adapter", tmp_path / "out", **given, force=True)
+
+
+def test_an_adapter_of_another_base_is_refused_even_if_forced_before_anything_is_written(adapted, checkpoint, tmp_path):
+    given = adapted()
+    other = open_source(ModelConfig(model_name_or_path=str(tiny.chat_model(checkpoint, "qwen2", intermediate_size=96))))
+    before = set(tmp_path.iterdir())
+    with pytest.raises(AdapterError, match=r"was trained on another base, or is not whole:\n.*mlp.* has \["):
+        export_merged(tmp_path / "adapter", tmp_path / "out", **given | {"source": other}, force=True)
+    assert set(tmp_path.iterdir()) == before
 
 
 def test_the_verdict_says_which_is_better_and_by_how_much():

@@ -23,6 +23,7 @@ from qlora.errors import AdapterError, MachineError
 from qlora.library import registry as module
 from qlora.library.registry import Registry
 from qlora.library.show import answer
+from qlora.live import recipe_of
 from qlora.lock import Lock
 from tests.disk_faults import Calls, die, full, in_a_child
 
@@ -233,6 +234,7 @@ BAD = {
     "half the weights": (cut, "truncated or not a safetensors file"),
     "other weights than the run wrote": (other_weights, "is not what its run wrote"),
     "a file that its run wrote is gone": (lambda d: (d / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+    "a figure that is no number": (lambda d: (d / "run.json").write_text('{"measured": {"loss": NaN}}'), "has a NaN"),
     "no JSON": (lambda d: (d / "adapter_config.json").write_text("{"), "cannot be read as JSON"),
     "not LoRA": (config(peft_type="IA3"), "is IA3, only LoRA"),
     "code": (config(auto_mapping=None, arrow_config={"x": 1}), "more than LoRA"),
@@ -353,6 +355,39 @@ def test_verify_says_whether_the_base_here_is_the_one_it_was_trained_on(library,
     shutil.rmtree(base)
     (found,) = library.verify("a")
     assert not found.bad and "not here to compare" in found.said
+
+
+def test_verify_looks_whether_an_adapter_from_elsewhere_fits_the_base_here(library, tmp_path, checkpoint):
+    base = checkpoint("llama")
+    for name, shape in (("fits", (2, 64)), ("narrow", (2, 48)), ("deep", (2, 64))):
+        directory = adapter(tmp_path / name, base_model_name_or_path=str(base))
+        layer = "9" if name == "deep" else "0"
+        weights = {WEIGHT.format(side).replace("0", layer): torch.ones(shape) for side in "A"}
+        save_file(weights, directory / "adapter_model.safetensors")
+        (directory / "run.json").unlink()
+        library.add(directory)
+    found = {each.where.partition("@")[0]: each for each in library.verify()}
+    assert [found[name].bad for name in ("fits", "narrow", "deep")] == [False, True, True]
+    assert "fits the base by names and shapes" in found["fits"].said
+    assert "layers.0.mlp.up_proj is [128, 64], the adapter's A there [2, 48]" in found["narrow"].said
+    assert f"another base than {base}, which has no model.layers.9.mlp.up_proj" in found["deep"].said
+
+
+def test_a_base_named_from_where_it_was_trained_is_found_from_anywhere(library, tmp_path, checkpoint, monkeypatch):
+    shutil.copytree(checkpoint("llama"), tmp_path / "there" / "models" / "base")
+    directory = adapter(tmp_path / "a", base_model_name_or_path="models/base")
+    assert library.add(directory).base == ""
+    monkeypatch.chdir(tmp_path / "there")
+    version = library.add(directory)  # the same, from where its base can be seen
+    base = str(tmp_path / "there" / "models" / "base")
+    assert version.number == 1 and version.base == base
+    monkeypatch.chdir(tmp_path)
+    assert recipe_of(library.path(version)).model.model_name_or_path == base
+    assert recipe_of(directory).model.model_name_or_path == "models/base"
+    (found,) = library.verify()
+    assert "not here" not in found.said
+    (library.home / "index.json").unlink()
+    assert Registry(library.home).find("a").base == base
 
 
 # --- several at once, and death at any moment

@@ -175,6 +175,47 @@ def test_a_lora_section_that_does_not_fit_the_model_is_said(checkpoint, recipe):
         attach(base(config), config.lora, seed=0)
 
 
+@pytest.mark.parametrize(
+    ("method", "asked", "said"),
+    [
+        (
+            "qlora",
+            {"target_parameters": ["mlp.experts.down_proj"]},
+            "down_proj: stacked in four bits.* `method: lora` has",
+        ),
+        ("qlora", {"target_modules": ["q_proj", "w2"]}, "down_proj: stacked in four bits"),  # as Mixtral had them
+        ("qlora", {"target_parameters": ["w2.weight"]}, "w2.weight: no such parameter"),
+        ("lora", {"target_modules": ["q_proj"], "target_parameters": ["w2.weight"]}, "w2.weight: no such parameter"),
+    ],
+    ids=str,
+)
+def test_experts_that_would_get_no_adapter_in_silence_are_refused(method, asked, said, checkpoint, recipe):
+    config = recipe(checkpoint("mixtral"), method, lora={"target_modules": ["q_proj"]} | asked)
+    with pytest.raises(AdapterError, match=f"`lora` section does not fit the model: no LoRA for .*{said}"):
+        attach(base(config), config.lora, seed=0)
+
+
+def test_an_adapter_of_experts_is_not_loaded_without_them_on_a_four_bit_base(checkpoint, recipe, tmp_path):
+    config = recipe(checkpoint("mixtral"), "lora", lora={"target_parameters": ["mlp.experts.down_proj"]})
+    attach(base(config), config.lora, seed=0).save_pretrained(tmp_path)
+    assert load_adapter(base(config), str(tmp_path))
+    with pytest.raises(AdapterError, match=r"no LoRA for .*: stacked in four bits"):
+        load_adapter(base(recipe(checkpoint("mixtral"))), str(tmp_path))
+
+
+def test_all_linear_on_stacked_experts_in_four_bits_says_that_it_is_not_on_them_and_what_it_is_on(
+    checkpoint, recipe, tmp_path
+):
+    config, batch = recipe(checkpoint("mixtral")), random_batch(2)
+    with pytest.warns(UserWarning, match="no LoRA on .*gate_up_proj: PEFT has none for experts"):
+        model = attach(base(config), config.lora, seed=0)
+    stir(model)
+    model.save_pretrained(tmp_path)
+    saved = peft.LoraConfig.from_pretrained(tmp_path)
+    assert saved.target_parameters == ["gate.weight"] and not saved.rank_pattern
+    assert torch.equal(logits(load_adapter(base(config), str(tmp_path)), batch), logits(model, batch))
+
+
 def test_a_directory_without_an_adapter_is_said(checkpoint, recipe, tmp_path):
     with pytest.raises(AdapterError, match="not a LoRA adapter"):
         load_adapter(base(recipe(checkpoint("llama"))), str(tmp_path))
