@@ -353,7 +353,8 @@ def _runs(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     adapter = _resolved(options.adapter)
-    name = options.adapter.partition("@")[0].partition(":")[0] if "/" not in options.adapter else adapter.resolve().name
+    is_path = Path(options.adapter).expanduser().is_dir()
+    name = adapter.resolve().name if is_path else options.adapter.partition("@")[0].partition(":")[0]
     _hush()
 
     from qlora.exports import export

@@ -7,7 +7,8 @@ gguf-lora   the adapter alone for llama.cpp, on the base's .gguf     <out>/<name
             or on the base as it was trained: --weights dequantized  <out>/base-f16.gguf
 ollama      a Modelfile over one of the last two                     <out>/Modelfile
 
-What is made from an adapter is checked before anything is written: that its base is there, is the one that it was
+What is made from an adapter is checked before anything is written: that its files are what its run wrote (its card and
+recipe aside, which people edit), that nothing stands in its way, that its base is there, is the one that it was
 trained on, and has the shapes that it fits. `verify` then asks each of them what `qlora.verified` says.
 """
 
@@ -25,14 +26,15 @@ from qlora.config import Config
 from qlora.data import chat
 from qlora.data.prepare import prepare
 from qlora.data.source import read_splits
-from qlora.errors import AdapterError, DataError, ModelError
+from qlora.errors import AdapterError, DataError, MachineError, ModelError
 from qlora.evaluate.generation import evaluating
 from qlora.export import gguf, llama_cpp, ollama, push
 from qlora.export.certificate import Certificate, export_merged
 from qlora.export.merge import Merged
 from qlora.export.peft import export_peft
 from qlora.export.writing import write
-from qlora.library.facts import read_facts
+from qlora.library.facts import CONFIG, RECIPE, RUN, read_facts
+from qlora.library.registry import check_recorded
 from qlora.live import recipe_of, tokenizer_of
 from qlora.machine import free_bytes, pick_device
 from qlora.model.adapters import load_adapter, read_config, refuse_misfit
@@ -44,6 +46,10 @@ from qlora.train.step import choose
 
 KINDS = ("peft", "merged", "gguf", "gguf-lora", "ollama")
 _ADVICE = "give --out a directory on a disk with more room"
+_NO_MODEL = (
+    "ollama: needs a model as .gguf\n  --to gguf ollama, or --to gguf-lora ollama: on a base that is a .gguf file, or"
+    " with --weights dequantized"
+)
 
 
 def export(
@@ -76,8 +82,7 @@ def export(
     """
     if push_to is not None:
         push.check(push_to)
-    if not (adapter / "adapter_config.json").is_file():
-        raise AdapterError(f"{adapter}: no adapter there (it has no adapter_config.json); a run that died has none yet")
+    _check_whole(adapter)
     config = recipe_of(adapter, trust_remote_code)
     if base is not None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"model_name_or_path": base})})
@@ -85,6 +90,7 @@ def export(
     tokenizer = tokenizer_of(adapter, source, config)
     name = name or adapter.resolve().name
     it = _Export(adapter, tuple(kinds), out, name, config, source, tokenizer, weights, gguf_type, force, say)
+    it.check_places()
     questions = it.questions() if verify else []
     made = it.write()
     if verify:
@@ -133,6 +139,24 @@ class _Export:
         """The base for llama.cpp: its own file, or as it was trained, which is written; None where there is neither."""
         return self.out / f"base-{self.gguf_type}.gguf" if self.weights == "dequantized" else self.source.gguf
 
+    def check_places(self) -> None:
+        """Raises AdapterError where nothing can be written, where it would stand in place of what it is made from, or
+        where a Modelfile would have no model."""
+        if self.out.exists() and not self.out.is_dir():
+            raise AdapterError(f"--out {self.out}: is a file; give a directory")
+        writes = {"peft": self.peft, "merged": self.merged, "gguf": self.model, "gguf-lora": self.lora}
+        places = [place for kind, place in writes.items() if kind in self.kinds]
+        if "gguf-lora" in self.kinds and self.weights == "dequantized" and self.beneath is not None:
+            places.append(self.beneath)
+        sources = {"adapter": self.adapter, "base": self.source.gguf or self.source.directory}
+        for what, source in sources.items():
+            if taken := next((place for place in places if place.resolve() == source.resolve()), None):
+                raise AdapterError(f"{taken}: is the {what} itself; give another place with --out")
+        base, lora = self._named()
+        ready = base is not None and (lora is None or "gguf-lora" in self.kinds or lora.is_file())
+        if "ollama" in self.kinds and not ready:
+            raise AdapterError(_NO_MODEL)
+
     # What is made
 
     def write(self) -> list[Path]:
@@ -176,7 +200,10 @@ class _Export:
         except OSError as error:
             raise durable.disk_error(self.out, error, 0, _ADVICE) from error
         with tempfile.TemporaryDirectory(dir=self.out, prefix=".export.", suffix=".unfinished") as place:
-            yield Path(place)
+            try:
+                yield Path(place)
+            except MachineError as error:  # of a place that is gone by now
+                raise MachineError(str(error).replace(str(Path(place).absolute()), str(self.out))) from error
 
     def _merge(self, place: Path) -> Certificate:
         return export_merged(
@@ -194,6 +221,8 @@ class _Export:
 
     def _held_out(self) -> list[Batch]:
         """The held-out rows of the adapter's recipe, where they are still to be had."""
+        if not (self.adapter / RECIPE).is_file():
+            return []
         try:
             data = prepare(self.config, self.source.tokenizer(self.config.model.trust_remote_code))
             batches = data.held_out_batches(False)
@@ -214,16 +243,18 @@ class _Export:
             self._write_gguf(scratch / "base", place)
 
     def _write_modelfile(self) -> tuple[Path, Path]:
-        """A Modelfile over the merged model, or else over the base's .gguf and the adapter's; and which it names."""
-        base, adapter = (self.model, None) if self.model.is_file() else (self.beneath, self.lora)
-        if base is None or (adapter is not None and not adapter.is_file()):
-            raise AdapterError(
-                "ollama: needs a model as .gguf: export gguf too, or gguf-lora where the base is a .gguf file"
-            )
+        """A Modelfile, and the model that it names."""
+        base, lora = self._named()
+        assert base is not None  # `check_places`
         template, stops, _ = _template(base, self.tokenizer)
         named = base.name if base.parent == self.out else str(base.resolve())
-        lora = adapter.name if adapter is not None else None
-        return ollama.write_modelfile(self.out, named, adapter=lora, template=template, stops=stops), base
+        adapter = lora.name if lora is not None else None
+        return ollama.write_modelfile(self.out, named, adapter=adapter, template=template, stops=stops), base
+
+    def _named(self) -> tuple[Path | None, Path | None]:
+        """What a Modelfile names: the merged model, or the base's .gguf and the adapter's. Of two, what is made now."""
+        merged = "gguf" in self.kinds or ("gguf-lora" not in self.kinds and self.model.is_file())
+        return (self.model, None) if merged else (self.beneath, self.lora)
 
     # What they are asked
 
@@ -236,6 +267,10 @@ class _Export:
             raise AdapterError(
                 f"{self.adapter}: gguf-lora cannot be verified: its base is no .gguf file, and llama.cpp needs one to"
                 " put it on\n  --weights dequantized writes the base as it was trained"
+            )
+        if not (self.adapter / RECIPE).is_file():
+            raise DataError(
+                f"{self.adapter}: has no {RECIPE}, whose held-out rows --verify would ask\n  export it without --verify"
             )
         try:
             held_out = read_splits(self.config.data, seed=self.config.training.seed)[1].conversations
@@ -287,9 +322,21 @@ class _Export:
                 same = sixteen and self.weights == "dequantized"
                 return asked.compared(kind, f"llama.cpp on {self.beneath.name}", runs, same)
             case _:
-                model = self.model if self.model.is_file() else self.beneath
+                model, _ = self._named()
                 assert model is not None
                 return asked.modelfile(self.out / ollama.FILE, *_template(model, self.tokenizer))
+
+
+def _check_whole(adapter: Path) -> None:
+    """Raises AdapterError for what is no adapter, or is not what its run wrote."""
+    if not (adapter / CONFIG).is_file():
+        whole = (adapter / RUN).is_file() and (adapter / "config.json").is_file()
+        raise AdapterError(
+            f"{adapter}: every weight was trained: it is a whole model already, as transformers loads it"
+            if whole
+            else f"{adapter}: no adapter there (it has no {CONFIG}); a run that died has none yet"
+        )
+    check_recorded(adapter)
 
 
 def _base_of(adapter: Path, config: Config, force: bool) -> Source:

@@ -34,7 +34,7 @@ from qlora.errors import AdapterError, DataError, MachineError, ModelError
 from qlora.evaluate.generation import evaluating
 from qlora.evaluate.held_out import GROUP
 from qlora.export import adapter as export
-from qlora.library.registry import base_when_added
+from qlora.library.registry import base_when_added, check_recorded
 from qlora.machine import first_words, free_bytes, is_out_of_memory, pick_device
 from qlora.model.adapters import add_adapter, changes_base, load_adapter
 from qlora.model.batch import Batch
@@ -147,8 +147,9 @@ class Live:
 
         Raises AdapterError where they are not for the same base, or cannot share one; and as loading does.
         """
-        for name in adapters:
+        for name, path in adapters.items():
             check_name(name)
+            check_recorded(path)
         configs = {name: recipe_of(path, trust_remote_code) for name, path in adapters.items()}
         if base is not None:
             configs = {name: _on(config, base) for name, config in configs.items()}

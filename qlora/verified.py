@@ -28,6 +28,7 @@ import dataclasses
 import json
 import re
 import textwrap
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+from transformers.utils import logging
 
 from qlora.config import Config
 from qlora.data import chat
@@ -212,7 +214,7 @@ def plain_peft(adapter: Path, config: Config, source: Source, device: torch.devi
     """
     how: dict[str, Any] = {"dtype": getattr(torch, config.model.dtype), "device_map": {"": device}}
     how["trust_remote_code"] = config.model.trust_remote_code
-    with TemporaryDirectory() as scratch:
+    with TemporaryDirectory() as scratch, _quiet():
         directory = source.directory
         if source.gguf is not None:
             unpacked = {"gguf_file": source.gguf.name, "quantization_config": GgufConfig(dequantize=True)}
@@ -227,18 +229,36 @@ def plain_peft(adapter: Path, config: Config, source: Source, device: torch.devi
         base: Any = AutoModelForCausalLM.from_pretrained(directory, **how)
         if config.method == "qlora" and device.type == "cpu":  # where each token would expand every weight anew
             base = base.dequantize()
-        yield PeftModel.from_pretrained(base, str(adapter)).eval()
-    del base
+        model = PeftModel.from_pretrained(base, str(adapter)).eval()
+    yield model
+    del base, model
     give_back_memory(device)
 
 
 @contextmanager
 def plain(merged: Path, device: torch.device) -> Iterator[Any]:
     """A merged model as anyone loads it: transformers."""
-    model = AutoModelForCausalLM.from_pretrained(merged, device_map={"": device})
+    with _quiet():
+        model = AutoModelForCausalLM.from_pretrained(merged, device_map={"": device})
     yield model.eval()
     del model
     give_back_memory(device)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what transformers and PEFT tell programmers, and without bars between the lines of a table."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def report(asked: Asked, found: Sequence[Verified], say: Callable[[str], None]) -> dict[str, list[str]]:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -166,6 +167,9 @@ def test_a_trained_adapter_is_taken_into_the_library_exported_and_asked_by_its_n
     assert {"peft", "merged"} <= {path.name for path in exported.iterdir()}
     assert (exported / "merged" / "certificate.json").is_file() and (exported / "ada-lora.gguf").is_file()
     assert "eve: no adapter of that name in the library" in mistake("export", "eve", "--to", "merged")
+    monkeypatch.chdir(tmp_path / "out" / "checkpoint-1")
+    assert main(["export", "..", "--to", "gguf-lora"]) == 0  # of the directory's name, and not above `exports`
+    assert Path("exports/out/out-lora.gguf").is_file()
 
 
 # --- secrets

@@ -35,7 +35,9 @@ def words(tasks, *weights):
 
 
 def test_each_task_is_measured_with_base_own_other_and_combination(tasks, tmp_path):
-    report = combine(words(tasks, 1, 1e-6), tmp_path / "both")
+    said = []
+    report = combine(words(tasks, 1, 1e-6), tmp_path / "both", say=said.append)
+    assert "support on support: exact match 100.0%, loss" in "\n".join(said)
     assert report.who() == ["base", "support", "legal", "combined"]
     found = {
         task: {who: score.exact_match or 0.0 for who, score in each.items()} for task, each in report.scores.items()

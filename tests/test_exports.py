@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora import exports, run, verified
+from qlora import durable, exports, run, verified
 from qlora.errors import AdapterError, DataError, MachineError, ModelError
 from qlora.export import llama_cpp
 from qlora.export.llama_cpp import Agreement, Difference, find_spec
-from tests import tiny
+from tests import disk_faults, tiny
 from tests.export.test_gguf import chat_tokenizer
 
 PAIRS = [("Who?", "Ada"), ("The cat?", "The cat sat on the mat."), ("Where do you live?", "In Oslo.")]
@@ -100,6 +100,22 @@ def test_an_export_passes_within_its_limits_and_not_beyond(exact, equal, gaps, r
     assert verified.Verified("gguf", "llama.cpp", exact, True, agreement).problems(80) == problems
 
 
+def test_what_the_libraries_tell_programmers_is_not_in_the_table(trained, tmp_path, recwarn):
+    exports.export(trained, ["peft"], tmp_path / "out", verify=True, say=lambda text: None)
+    assert not [each for each in recwarn if "is_gradient_checkpointing" in str(each.message)]
+
+
+def test_a_modelfile_names_what_is_made_with_it_and_not_what_lies_there_from_before(trained, tmp_path):
+    def made(*kinds):
+        exports.export(trained, kinds, tmp_path, name="a", weights="dequantized", say=lambda text: None)
+        lines = (tmp_path / "Modelfile").read_text().splitlines()
+        return [line for line in lines if line.startswith(("FROM", "ADAPTER"))]
+
+    assert made("gguf", "ollama") == ["FROM ./a-f16.gguf"]
+    assert made("gguf-lora", "ollama") == ["FROM ./base-f16.gguf", "ADAPTER ./a-lora.gguf"]
+    assert made("ollama") == ["FROM ./a-f16.gguf"]
+
+
 def refused(adapter, out, error, match, kinds=("peft",), **how):
     with pytest.raises(error, match=match):
         exports.export(adapter, kinds, out, say=lambda text: None, **how)
@@ -109,6 +125,56 @@ def refused(adapter, out, error, match, kinds=("peft",), **how):
 def test_a_run_that_died_has_no_adapter(copied, tmp_path):
     (copied / "adapter_config.json").unlink()
     refused(copied, tmp_path / "out", AdapterError, "a run that died has none yet")
+
+
+def test_a_whole_model_is_told_from_a_run_that_died(copied, tmp_path):
+    (copied / "adapter_config.json").rename(copied / "config.json")
+    refused(copied, tmp_path / "out", AdapterError, "every weight was trained: it is a whole model already")
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"])
+def test_an_adapter_that_is_not_what_its_run_wrote_is_refused(file, copied, tmp_path):
+    content = (copied / file).read_bytes()
+    (copied / file).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    refused(copied, tmp_path / "out", AdapterError, f"{file} is not what its run wrote")
+    (copied / file).unlink()
+    refused(copied, tmp_path / "out", AdapterError, f"{file}( is missing|)")
+
+
+def test_an_adapter_from_elsewhere_has_no_rows_and_none_are_looked_for(copied, tmp_path, monkeypatch):
+    for name in ("recipe.yaml", "run.json"):
+        (copied / name).unlink()
+    for name in ("prepare", "read_splits"):
+        monkeypatch.setattr(exports, name, None)
+    refused(copied, tmp_path / "out", AdapterError, "there are no held-out rows to measure", kinds=("merged",))
+    refused(copied, tmp_path / "out", DataError, "has no recipe.yaml, whose held-out rows", verify=True)
+    exports.export(copied, ["merged"], tmp_path / "out", force=True, say=lambda text: None)
+
+
+def test_nothing_is_written_in_place_of_what_it_is_made_from(trained, tmp_path):
+    exports.export(trained, ["gguf"], tmp_path, name="a", say=lambda text: None)
+    base = tmp_path / "a-f16.gguf"
+    before = base.read_bytes()
+    with pytest.raises(AdapterError, match=r"a-f16\.gguf: is the base itself; give another place with --out"):
+        exports.export(trained, ["gguf"], tmp_path, name="a", base=str(base), force=True, say=lambda text: None)
+    assert base.read_bytes() == before
+    shutil.copytree(trained, tmp_path / "peft")
+    with pytest.raises(AdapterError, match="peft: is the adapter itself"):
+        exports.export(tmp_path / "peft", ["peft"], tmp_path, say=lambda text: None)
+
+
+def test_what_cannot_be_made_is_said_before_the_rest_is_written(trained, tmp_path):
+    refused(trained, tmp_path / "out", AdapterError, "ollama: needs a model as .gguf", kinds=("peft", "ollama"))
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(AdapterError, match="file: is a file; give a directory"):
+        exports.export(trained, ["merged"], tmp_path / "file", say=lambda text: None)
+
+
+def test_a_full_disk_names_the_place_that_was_given(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(durable.Writer, "write", lambda *_: disk_faults.full())
+    with pytest.raises(MachineError, match=rf"^{tmp_path}/out/merged: .*No space left.*\n  give --out"):
+        exports.export(trained, ["gguf"], tmp_path / "out", say=lambda text: None)
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_base_that_is_gone_is_named_with_what_to_do(copied, tmp_path):

@@ -15,6 +15,7 @@ import dataclasses
 import inspect
 import json
 import re
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -52,6 +53,8 @@ CERTIFICATE = "certificate.json"
 MOST_KL = 0.05  # nats a token
 LEAST_TOP1 = 0.95
 _LOGITS = 1 << 26  # values of one model's logits that stand at a time: 256 MiB in fp32
+_ROUNDING = 1e-6  # nats a token: fp32 does not tell less from 0, and may come below it
+_WIDTH = 100
 _TOKENS = 64  # whose distributions are compared at a time
 
 _ABOUT = {
@@ -118,13 +121,13 @@ class Certificate:
         best = self.candidates[better]
         others = [name for name in self.candidates if name != better]
         if not others:
-            return f"Merged into {_ABOUT[better]}: KL {best.kl:.2g} nats a token from the live adapter."
+            return f"Merged into {_ABOUT[better]}: KL {_kl(best)} nats a token from the live adapter."
         other = self.candidates[others[0]]
-        by = f"{other.kl / best.kl:.2g} times less" if best.kl > 0 else "none"
-        return (
-            f"Closer to the live adapter: merged into {_ABOUT[better]}, with a KL of {best.kl:.2g} nats a token,"
-            f" {by} than into {_ABOUT[others[0]]} ({other.kl:.2g})."
-        )
+        told, into = f"{_kl(best)} nats a token", _ABOUT[others[0]]
+        against = f"; into {into} it is {_kl(other)}"
+        if best.kl >= _ROUNDING:
+            against = f", {other.kl / best.kl:.2g} times less than into {into} ({_kl(other)})"
+        return f"Closer to the live adapter: merged into {_ABOUT[better]}, with a KL of {told}{against}."
 
     def block(self) -> str:
         """Markdown for the model card."""
@@ -148,6 +151,10 @@ class Certificate:
             if not self.passes:
                 lines += ["", f"**Forced**: beyond the limits of KL {MOST_KL} or {LEAST_TOP1:.0%} of likeliest tokens."]
         return "\n".join([*lines, ""])
+
+
+def _kl(found: Fidelity) -> str:
+    return f"{found.kl:.2g}" if found.kl >= _ROUNDING else f"less than {_ROUNDING:g}"
 
 
 def with_certificate(card: str, certificate: Certificate) -> str:
@@ -284,12 +291,12 @@ def export_merged(
             raise
         say(f"{error}\n  it is not measured, as --force says")
         certificate = Certificate(0, 0, None, None, {}, wanted[-1])
-    say(certificate.verdict())
+    say(textwrap.fill(certificate.verdict(), _WIDTH, subsequent_indent="  "))
     if not certificate.passes and not force:
         found = certificate.candidates[certificate.written]
         raise AdapterError(
-            f"{adapter}: merged into {_ABOUT[certificate.written]} it is not the model that was trained:"
-            f" KL {found.kl:.3g} nats a token (at most {MOST_KL}), {found.top1:.1%} of the likeliest tokens the same"
+            f"{adapter}: merged into {_ABOUT[certificate.written]} it is not the model that was trained"
+            f"\n  KL {found.kl:.3g} nats a token (at most {MOST_KL}), {found.top1:.1%} of the likeliest tokens the same"
             f" (at least {LEAST_TOP1:.0%})\n  --force exports it nevertheless; the adapter itself (--to peft) is exact"
         )
 

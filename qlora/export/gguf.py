@@ -16,9 +16,11 @@ Sources: GGUF specification, ggml/docs/gguf.md; adapters as read by llama.cpp, s
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -263,8 +265,8 @@ def _refuse_beyond_lora(adapter: Path, config: LoraConfig) -> None:
     }
     if found := [name for name, there in beyond.items() if there]:
         raise AdapterError(
-            f"{adapter}: has {' and '.join(found)}, which llama.cpp's adapters cannot carry; export `gguf`, "
-            "where it is merged"
+            f"{adapter}: has {' and '.join(found)}, which llama.cpp's adapters cannot carry\n"
+            "  export `gguf`, where it is merged"
         )
 
 
@@ -287,9 +289,12 @@ def _new_file(out: Path, architecture: str, nbytes: int) -> Iterator[tuple[GGUFW
         with durable.new_files(out.parent, out.name) as draft:
             yield writer, draft.path / out.name
     except OSError as error:
+        if error.errno is None:  # NumPy's: "2048 requested and 144 written"
+            error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         raise durable.disk_error(out, error, nbytes, _ADVICE) from error
     finally:
-        writer.close()
+        with suppress(OSError):  # what is still to be flushed to a full disk
+            writer.close()
 
 
 def _write_header(writer: GGUFWriter, path: Path) -> None:

@@ -29,7 +29,10 @@ def check(repo_id: str) -> str:
         if repo_id.count("/") != 1:
             raise HFValidationError("Repo id must be in the form 'namespace/repo_name'.")
     except HFValidationError as error:
-        raise AdapterError(f"--push {redact(repo_id[:200])!r}: not `user/repo`: {redact(str(error)[:400])}") from error
+        raise AdapterError(
+            f"--push {redact(repo_id[:200])!r}: not `user/repo`\n"
+            "  a repository's name has letters, digits, `-`, `_` and `.`, at most 96, a letter or digit at its ends"
+        ) from error
     if is_offline_mode():
         raise AdapterError(f"--push {repo_id}: HF_HUB_OFFLINE is set, which says that the hub is not to be asked")
     with foreign(f"--push {repo_id}: no token can be had", AdapterError):

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,7 @@ def write(
     check_place(out)
     work = out.with_name(f".{out.name}.merging.unfinished")
     try:
-        work.mkdir(parents=True, exist_ok=True)
-        with Lock(work):
+        with _locked(work):
             try:
                 _write(merged, out, work, beside, shard_bytes, say)
             finally:
@@ -58,7 +58,9 @@ def write(
     except Locked as error:
         raise MachineError(f"{out}: {error.holder} is merging there already") from error
     except OSError as error:
-        advice = "whole shards are kept: with more room the same command goes on from them"
+        advice = "give --out a directory on a disk with more room"
+        if (work / _PROGRESS).exists():
+            advice = "whole shards are kept: with more room the same command goes on from them"
         raise durable.disk_error(out, error, merged.nbytes, advice) from error
 
 
@@ -106,6 +108,14 @@ def _write(
     draft.seal()
     _put_in_place(draft.path, out)
     (work / _PROGRESS).unlink()
+
+
+def _locked(work: Path) -> Lock:
+    """The place to write in, which a merge that ends takes away: then it is made again."""
+    while True:
+        work.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            return Lock(work)
 
 
 def _put_in_place(made: Path, out: Path) -> None:

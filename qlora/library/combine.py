@@ -30,7 +30,7 @@ from qlora.durable import Draft
 from qlora.errors import AdapterError, QLoRAError
 from qlora.library.diff import Factors, NotPlain, Weights, change_norms
 from qlora.library.facts import CONFIG, RECIPE, RUN, WEIGHTS, read_facts
-from qlora.library.registry import FILES
+from qlora.library.registry import FILES, check_recorded
 from qlora.model.adapters import read_config
 from qlora.model.shards import write_safetensors
 from qlora.model.source import read_tokenizer
@@ -41,6 +41,7 @@ _ONE_RANK = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")  #
 METHODS = ("cat", "svd", *(f"{name}{svd}" for name in _ONE_RANK for svd in ("", "_svd") if name + svd != "linear_svd"))
 _ANY_RANK = "cat, svd or one that ends in _svd"
 _PRUNES = re.compile("ties|dare|prune")
+_MOST_WEIGHT = 1_000_000  # beyond, and below 1 by it, nothing is left but one of the adapters
 _MOST_RANK = 4096  # of no use beyond; what comes of it is as large as its rank says
 DENSITY = 0.5  # share of the values that pruning methods keep
 _TOKENIZER = tuple(name for name in FILES if name not in (CONFIG, WEIGHTS, RECIPE, RUN, "README.md"))
@@ -132,8 +133,10 @@ def _shares(words: Sequence[str], resolve: Callable[[str], Path]) -> tuple[list[
         head, colon, tail = word.rpartition(":")
         if colon and (number := _number(tail)) is not None:
             reference, weight = head, number
-        if not math.isfinite(weight) or weight == 0:
-            problems.append(f"{word}: a weight is a finite number other than 0: {reference}:0.6")
+        if not 1 / _MOST_WEIGHT <= abs(weight) <= _MOST_WEIGHT:
+            problems.append(
+                f"{word}: a weight is {1 / _MOST_WEIGHT:g} to {_MOST_WEIGHT:,}, or minus that: {reference}:0.6"
+            )
         try:
             path = resolve(reference)
         except AdapterError as error:
@@ -149,7 +152,7 @@ def _shares(words: Sequence[str], resolve: Callable[[str], Path]) -> tuple[list[
 
 def _options(method: str, density: float | None, rank: int | None, seed: int | None) -> Iterator[str]:
     if method not in METHODS:
-        yield f"--method {method}: PEFT has {', '.join(METHODS)}"
+        yield f"--method {method}: PEFT has\n  {', '.join(METHODS)}"
     if density is not None and not (_PRUNES.search(method) and 0 < density <= 1):
         yield f"--density {density:g}: the share of values that ties, dare and prune methods keep, above 0, at most 1"
     if rank is not None and not (method.endswith("svd") and 1 <= rank <= _MOST_RANK):
@@ -162,7 +165,7 @@ def combine(combination: Combination, draft: Draft) -> float:
     """Write the combination as a PEFT LoRA directory, with tokenizer and recipe of the first adapter that has them.
 
     returns how far its change of the base is from the weighted sum of the adapters' changes, in parts of that sum,
-    by Frobenius norms: 0 for `cat`. Raises OSError.
+    by Frobenius norms: 0 for `cat`. Raises OSError, and AdapterError where what comes of it is not finite.
     """
     shares = combination.shares
     sources = [Weights(share.path) for share in shares]
@@ -172,6 +175,8 @@ def combine(combination: Combination, draft: Draft) -> float:
     for at, module in enumerate(modules):
         factors = [each.factors(module) for each in sources]
         A, B = _combined(factors, combination, at)
+        if not (A.isfinite().all() and B.isfinite().all()):
+            raise AdapterError(f"{module}: combined by {combination.method}, it has values that are not finite")
         names = next(each.modules[module] for each in sources if module in each.modules)
         tensors[names["A"]], tensors[names["B"]] = _padded(A, combination.rank, 0), _padded(B, combination.rank, 1)
         present = [(f, share.weight) for f, share in zip(factors, shares, strict=True) if f]
@@ -243,6 +248,7 @@ def _config(how: Combination, sources: Sequence[Weights], modules: Sequence[str]
 def _unfit(share: Share) -> Iterator[str]:
     """Why an adapter is more than A and B."""
     try:
+        check_recorded(share.path)
         config, others = read_config(share.path), Weights(share.path).others
     except QLoRAError as error:
         yield str(error)

@@ -125,6 +125,10 @@ class Score:
     loss: float
     exact_match: float | None
 
+    def __str__(self) -> str:
+        said = "" if self.exact_match is None else f"exact match {self.exact_match:.1%}, "
+        return f"{said}loss {self.loss:.4g}"
+
 
 @dataclass(frozen=True, slots=True)
 class Report:

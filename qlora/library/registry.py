@@ -23,7 +23,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,13 +35,14 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from qlora import durable
 from qlora.durable import Damaged, FileRecord
 from qlora.errors import AdapterError, QLoRAError
-from qlora.library.facts import CONFIG, RUN, WEIGHTS, Facts, read_facts
+from qlora.library.facts import CONFIG, RECIPE, RUN, WEIGHTS, Facts, read_facts
 from qlora.lock import Lock, Locked
 from qlora.model.untrusted import read_json, refuse_links
 
-__all__ = ["Finding", "Registry", "Version", "default_home"]
+__all__ = ["Finding", "Registry", "Version", "base_when_added", "check_recorded", "default_home"]
 
 INDEX = "index.json"
+EDITED = ("README.md", RECIPE)  # people write in their cards, and move their rows
 ENTRY = "entry.json"
 NAME = r"[a-z0-9][a-z0-9._-]{0,63}"
 # What of a directory is the adapter: not its checkpoints, its log, or what else lies there.
@@ -483,9 +484,14 @@ def _check(directory: Path) -> None:
     if not read_config(directory).base_model_name_or_path:
         raise AdapterError(f"{directory}/{CONFIG}: names no base model (`base_model_name_or_path`)")
     read_facts(directory)
+    check_recorded(directory, but=("README.md",))  # the card: people write in it
+
+
+def check_recorded(directory: Path, but: Sequence[str] = EDITED) -> None:
+    """Raise AdapterError where an adapter's files, `but` for some, are not those whose hashes its run.json has."""
     recorded = read_json(directory / RUN, AdapterError).get("files") if (directory / RUN).is_file() else None
     for name, record in recorded.items() if isinstance(recorded, dict) else ():
-        if name == "README.md":  # the card: people write in it
+        if name in but:
             continue
         try:
             said = FileRecord.model_validate(record)
@@ -597,7 +603,7 @@ def _checked(name: str, what: str) -> str:
     """A name or a tag, or AdapterError: it becomes part of file names and of what people type."""
     if not re.fullmatch(NAME, name):
         raise AdapterError(
-            f"{what} {name[:80]!r}: a name has a-z, 0-9, `.`, `_` and `-`, starts with a letter or digit, "
-            "and has at most 64 characters"
+            f"{what} {name[:80]!r}: a name has a-z, 0-9, `.`, `_` and `-`\n"
+            "  it starts with a letter or digit, and has at most 64 characters"
         )
     return name

@@ -27,6 +27,7 @@ from qlora.model.load import load_base
 from qlora.model.nf4 import FourBit, dequantize, quantize
 from qlora.model.source import INDEX, open_source
 from qlora.recipe import dump_recipe
+from tests import disk_faults
 from tests.model.test_tiles import LiveBytes
 
 CPU = torch.device("cpu")
@@ -426,6 +427,28 @@ def test_a_disk_that_fills_up_meanwhile_is_said_and_whole_shards_are_kept(checkp
     monkeypatch.undo()
     assert list(tmp_path.glob(".out.*/model/*.safetensors"))
     assert torch.isfinite(logits(plain(written(config, adapter, "original", tmp_path / "out", 100_000)))).all()
+
+
+def test_a_disk_that_is_full_from_the_start_is_promised_no_shards(checkpoint, adapted, tmp_path, monkeypatch):
+    config, adapter = adapted(checkpoint("llama"))
+    monkeypatch.setattr(durable.Writer, "write", lambda *_: disk_faults.full())
+    with pytest.raises(MachineError, match=r"No space left on device.*\n  give --out a directory on a disk with more"):
+        written(config, adapter, "original", tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_merge_waits_for_another_that_ends_and_takes_its_place_away(checkpoint, adapted, tmp_path, monkeypatch):
+    config, adapter = adapted(checkpoint("llama"))
+    ended = []
+
+    def lock(work, real=writing.Lock):
+        if not ended:
+            ended.append(work.rmdir())
+        return real(work)
+
+    monkeypatch.setattr(writing, "Lock", lock)
+    assert torch.isfinite(logits(plain(written(config, adapter, "original", tmp_path / "out")))).all()
+    assert ended
 
 
 def test_somebody_elses_directory_is_not_replaced_and_an_earlier_merge_is(checkpoint, adapted, tmp_path):

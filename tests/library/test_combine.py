@@ -154,6 +154,30 @@ def test_what_follows_the_last_colon_is_a_weight_if_it_is_a_number(made, tmp_pat
         plan(["orders:half", "forms"], library.resolve)
 
 
+@pytest.mark.parametrize("weight", ["1e300", "-1e7", "1e-300"])
+def test_a_weight_that_leaves_nothing_but_one_adapter_is_refused(weight, made, tmp_path):
+    with pytest.raises(AdapterError, match=f"a:{weight}: a weight is 1e-06 to 1,000,000, or minus that: .*a:0.6"):
+        plan([f"{made('a', 0)}:{weight}", str(made("b", 1))], Registry().resolve)
+
+
+def test_what_is_not_finite_once_it_is_combined_is_no_adapter(made, tmp_path):
+    for name in "ab":
+        path = made(name, 0) / "adapter_model.safetensors"
+        save_file({key: torch.full_like(t, 3e38) for key, t in load_file(path).items()}, path)
+    how = plan([str(tmp_path / "a"), str(tmp_path / "b")], Registry().resolve, method="linear")
+    broken = pytest.raises(AdapterError, match="combined by linear, it has values that are not finite")
+    with broken, durable.new_directory(tmp_path / "c") as draft:
+        combine(how, draft)
+    assert not (tmp_path / "c").exists()
+
+
+def test_an_adapter_that_is_not_what_its_run_wrote_is_not_combined(made, tmp_path):
+    a, b = made("a", 0), made("b", 1)
+    (a / "run.json").write_text(json.dumps({"files": {"adapter_model.safetensors": {"size": 1, "sha256": "0" * 64}}}))
+    with pytest.raises(AdapterError, match=r"a: adapter_model\.safetensors is not what its run wrote"):
+        plan([str(a), str(b)], Registry().resolve)
+
+
 def test_all_that_is_wrong_is_one_message(made, tmp_path):
     made("a", 0)
     made("b", 1, use_dora=True)
@@ -162,14 +186,14 @@ def test_all_that_is_wrong_is_one_message(made, tmp_path):
     with pytest.raises(AdapterError) as caught:
         plan(words, Registry().resolve, tmp_path, method="mean", density=2, rank=0, seed=1)
     for said in (
-        "a:nan: a weight is a finite number other than 0",
+        "a:nan: a weight is 1e-06 to 1,000,000, or minus that",
         "b:0: a weight is",
         "the same adapter as a; give it once",
         "d'",
         "b: cannot be combined: `use_dora`",
         "c: cannot be combined: `modules_to_save`",
         f"--out {tmp_path}: is there already",
-        "--method mean: PEFT has cat, svd, linear",
+        "--method mean: PEFT has\n  cat, svd, linear",
         "--density 2",
         "--rank 0",
         "--seed 1",

@@ -168,8 +168,8 @@ def test_a_conversation_that_leaves_no_room_is_refused_before_it_is_tried(live):
 
 @pytest.fixture
 def other(adapters, tmp_path):
-    """A copy of an adapter, to be changed."""
-    shutil.copytree(adapters["legal"], tmp_path / "other")
+    """A copy of an adapter, to be changed: with no hashes of what its run wrote."""
+    shutil.copytree(adapters["legal"], tmp_path / "other", ignore=shutil.ignore_patterns("run.json"))
     return tmp_path / "other"
 
 
@@ -280,6 +280,13 @@ def test_adapters_are_named_on_the_command_line_or_by_their_directory(tmp_path):
 def test_whoever_is_not_there_is_answered_with_who_is(live):
     with pytest.raises(AdapterError, match="nobody: no such adapter here; there are support, legal"):
         live.use("nobody")
+
+
+def test_an_adapter_that_is_not_what_its_run_wrote_does_not_answer(adapters, tmp_path):
+    damaged = shutil.copytree(adapters["support"], tmp_path / "damaged")
+    (damaged / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(AdapterError, match=r"damaged: chat_template.jinja is not what its run wrote"):
+        Live.load({"support": damaged})
 
 
 def test_each_adapter_keeps_its_own_template(adapters, other):
