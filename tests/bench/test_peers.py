@@ -98,7 +98,8 @@ def test_a_peer_that_is_not_there_is_not_installed(method, model, tmp_path):
 
 @pytest.mark.parametrize(("method", "seconds"), [("torchtune", (1.0, 0.5, 1 / 3)), ("llama-factory", (2.0, 0.5, 0.5))])
 def test_a_log_becomes_a_row(method, seconds, install, model, tmp_path):
-    install(method, *PROGRAMS[method])
+    command, source = PROGRAMS[method]
+    install(method, command, source + "import time\ntime.sleep(0.5)  # for its memory to be seen\n")
     assert peers.installed(method) == "1.2.3"
     row = measure(method, model, tmp_path)
     assert (row.status, row.error) == ("ok", None)

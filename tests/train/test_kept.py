@@ -73,7 +73,6 @@ def test_losses_and_gradients_are_bit_equal_to_those_of_the_recompute(memory, k,
 # Of the stacked experts, and of a base that PEFT's own forward reads, autograd saves views of the dense weight.
 VIEWS = {
     "mixtral": ("mixtral", {}),
-    "trained experts": ("mixtral", {"target_parameters": ["mlp.experts.down_proj"]}),
     "DoRA": ("llama", {"use_dora": True, "lora_dropout": 0.3}),
     "trained norms": ("llama", {"modules_to_save": ["post_attention_layernorm"]}),
     "two layers alone": ("llama", {"layers_to_transform": [1, 4], "target_modules": ["q_proj"]}),
