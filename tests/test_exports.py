@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 from qlora import durable, exports, run, verified
 from qlora.errors import AdapterError, DataError, MachineError, ModelError
@@ -100,9 +101,17 @@ def test_an_export_passes_within_its_limits_and_not_beyond(exact, equal, gaps, r
     assert verified.Verified("gguf", "llama.cpp", exact, True, agreement).problems(80) == problems
 
 
-def test_what_the_libraries_tell_programmers_is_not_in_the_table(trained, tmp_path, recwarn):
+def test_what_the_libraries_tell_programmers_is_not_in_the_table(trained, tmp_path, recwarn, capsys, monkeypatch):
+    class Talking(verified.PeftModel):
+        @classmethod
+        def from_pretrained(cls, *how, **more):
+            list(tqdm(range(2), desc="Converting"))  # as transformers does with a .gguf file's tensors
+            return super().from_pretrained(*how, **more)
+
+    monkeypatch.setattr(verified, "PeftModel", Talking)
     exports.export(trained, ["peft"], tmp_path / "out", verify=True, say=lambda text: None)
     assert not [each for each in recwarn if "is_gradient_checkpointing" in str(each.message)]
+    assert "Converting" not in capsys.readouterr().err
 
 
 def test_a_modelfile_names_what_is_made_with_it_and_not_what_lies_there_from_before(trained, tmp_path):
