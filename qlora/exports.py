@@ -34,7 +34,7 @@ from qlora.export.merge import Merged
 from qlora.export.peft import export_peft
 from qlora.export.writing import write
 from qlora.library.facts import CONFIG, RECIPE, RUN, read_facts
-from qlora.library.registry import check_recorded
+from qlora.library.files import check_recorded
 from qlora.live import recipe_of, tokenizer_of
 from qlora.machine import free_bytes, pick_device
 from qlora.model.adapters import load_adapter, read_config, refuse_misfit

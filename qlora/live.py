@@ -34,7 +34,8 @@ from qlora.errors import AdapterError, DataError, MachineError, ModelError
 from qlora.evaluate.generation import evaluating
 from qlora.evaluate.held_out import GROUP
 from qlora.export import adapter as export
-from qlora.library.registry import base_when_added, check_recorded
+from qlora.library.files import check_recorded
+from qlora.library.registry import base_when_added
 from qlora.machine import first_words, free_bytes, is_out_of_memory, pick_device
 from qlora.model.adapters import add_adapter, changes_base, load_adapter
 from qlora.model.batch import Batch

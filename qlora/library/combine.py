@@ -30,7 +30,7 @@ from qlora.durable import Draft
 from qlora.errors import AdapterError, QLoRAError
 from qlora.library.diff import Factors, NotPlain, Weights, change_norms
 from qlora.library.facts import CONFIG, RECIPE, RUN, WEIGHTS, read_facts
-from qlora.library.registry import FILES, check_recorded
+from qlora.library.files import FILES, check_recorded
 from qlora.model.adapters import read_config
 from qlora.model.shards import write_safetensors
 from qlora.model.source import read_tokenizer

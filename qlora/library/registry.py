@@ -18,39 +18,30 @@ An adapter is copied, not linked: whoever trains into the directory it came from
 from __future__ import annotations
 
 import difflib
-import hashlib
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from stat import S_ISREG
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from qlora import durable
-from qlora.durable import Damaged, FileRecord
 from qlora.errors import AdapterError, QLoRAError
-from qlora.library.facts import CONFIG, RECIPE, RUN, WEIGHTS, Facts, read_facts
+from qlora.library.facts import CONFIG, WEIGHTS, Facts, read_facts
+from qlora.library.files import check, damage_of, files_of, identity, pieces, record_of
 from qlora.lock import Lock, Locked
-from qlora.model.untrusted import read_json, refuse_links
+from qlora.model.untrusted import read_json
 
-__all__ = ["Finding", "Registry", "Version", "base_when_added", "check_recorded", "default_home"]
+__all__ = ["Finding", "Registry", "Version", "base_when_added", "default_home"]
 
 INDEX = "index.json"
-EDITED = ("README.md", RECIPE)  # people write in their cards, and move their rows
 ENTRY = "entry.json"
 NAME = r"[a-z0-9][a-z0-9._-]{0,63}"
-# What of a directory is the adapter: not its checkpoints, its log, or what else lies there.
-FILES = (
-    *("adapter_config.json", "adapter_model.safetensors", "recipe.yaml", "run.json", "README.md"),
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model"),
-    "chat_template*",
-)
 _REFERENCE = re.compile(rf"({NAME})(?:@([0-9a-f]{{4,64}})|:({NAME}))?")
 _PATIENCE = 10.0  # seconds to wait for another process that writes; an adapter is copied in one or two
 _ADVICE = "the library is whole; make room there, or set XDG_DATA_HOME to another place"
@@ -188,9 +179,9 @@ class Registry:
         """
         name = _checked(directory.resolve().name.lower() if name is None else name, "--name")
         tag = None if tag is None else _checked(tag, "--tag")
-        files, base = _files(directory), _base_here(directory)
-        records = {file: _record(path) for file, path in files.items()}
-        sha256, nbytes = _identity(records), sum(record.size for record in records.values())
+        files, base = files_of(directory), _base_here(directory)
+        records = {file: record_of(path) for file, path in files.items()}
+        sha256, nbytes = identity(records), sum(record.size for record in records.values())
         with self._writing(nbytes) as versions:
             theirs = [version for version in versions if version.name == name]
             new = Version(
@@ -201,7 +192,7 @@ class Registry:
                 source=_sayable(directory.resolve()),
                 base=base,
             )
-            if _damage(self._object(sha256), sha256):
+            if damage_of(self._object(sha256), sha256):
                 self._copy(directory, files, [v for v in versions if v.sha256 == sha256] or [new])
             current = _newest(theirs)
             if current is None or current.sha256 != sha256:
@@ -278,7 +269,7 @@ class Registry:
         found = []
         for version in versions:
             place = self.path(version)
-            said = _damage(place, version.sha256)
+            said = damage_of(place, version.sha256)
             if said:
                 found.append(Finding(str(version), f"{said}; add it again from where it came: {version.source}"))
                 continue
@@ -428,12 +419,12 @@ class Registry:
         with durable.new_directory(self._object(sha256)) as draft:
             for name, path in files.items():
                 with draft.writer(name) as writer:
-                    for piece in _pieces(path):
+                    for piece in pieces(path):
                         writer.write(piece)
             try:
-                if _identity(draft.adopt()) != sha256:
+                if identity(draft.adopt()) != sha256:
                     raise AdapterError(f"{directory}: changed while it was read; is a run writing there?")
-                _check(draft.path)
+                check(draft.path)
             except AdapterError as error:
                 raise AdapterError(str(error).replace(str(draft.path), str(directory))) from error
             durable.replace_file(draft.path / ENTRY, _json(versions))
@@ -475,84 +466,6 @@ def _is_here(base: str) -> bool:
 def _sayable(path: Path) -> str:
     """A path as an index can hold it, whatever bytes are in it."""
     return str(path).encode("utf-8", "backslashreplace").decode()
-
-
-def _check(directory: Path) -> None:
-    """Raise AdapterError where a directory is not a LoRA adapter that is whole and that could be loaded."""
-    from qlora.model.adapters import read_config  # imports torch, which no list of names should wait for
-
-    if not read_config(directory).base_model_name_or_path:
-        raise AdapterError(f"{directory}/{CONFIG}: names no base model (`base_model_name_or_path`)")
-    read_facts(directory)
-    check_recorded(directory, but=("README.md",))  # the card: people write in it
-
-
-def check_recorded(directory: Path, but: Sequence[str] = EDITED) -> None:
-    """Raise AdapterError where an adapter's files, `but` for some, are not those whose hashes its run.json has."""
-    recorded = read_json(directory / RUN, AdapterError).get("files") if (directory / RUN).is_file() else None
-    for name, record in recorded.items() if isinstance(recorded, dict) else ():
-        if name in but:
-            continue
-        try:
-            said = FileRecord.model_validate(record)
-        except ValidationError:
-            raise AdapterError(f"{directory}/{RUN}: damaged") from None
-        if not re.fullmatch(durable.FILE_NAME, name) or not (directory / name).is_file():
-            raise AdapterError(f"{directory}: {name} is missing, which its run wrote")
-        if _record(directory / name) != said:
-            raise AdapterError(f"{directory}: {name} is not what its run wrote (its SHA-256 differs)")
-
-
-def _files(directory: Path) -> dict[str, Path]:
-    """The files of an adapter by name. Raises AdapterError for what is no plain file, or a link to elsewhere."""
-    if not directory.is_dir():
-        raise AdapterError(f"{directory}: {'is not a directory' if directory.exists() else 'no such directory'}")
-    if not (directory / CONFIG).is_file():
-        raise AdapterError(f"{directory}: not a LoRA adapter: it has no {CONFIG}")
-    refuse_links(directory, AdapterError)
-    home = directory.resolve()
-    allowed = [home, *([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])]
-    # Weights in another form come along for `_check` to name what is wrong with them.
-    pickles = () if (directory / WEIGHTS).is_file() else ("adapter_model.*",)
-    files = {path.name: path for pattern in (*FILES, *pickles) for path in directory.glob(pattern)}
-    for name, path in files.items():
-        if not any(path.resolve().is_relative_to(place) for place in allowed):
-            raise AdapterError(f"{path}: a link to {path.resolve()}, outside its directory\n  copy the file there")
-        if not re.fullmatch(durable.FILE_NAME, name) or not S_ISREG(path.stat().st_mode):
-            raise AdapterError(f"{path}: not a plain file")
-    return dict(sorted(files.items()))
-
-
-def _pieces(path: Path) -> Iterator[bytes]:
-    """A file's content; whatever goes wrong with reading it is AdapterError, and no fault of the library's disk."""
-    try:
-        with path.open("rb", buffering=0) as file:
-            while piece := file.read(4 << 20):
-                yield piece
-    except OSError as error:
-        raise AdapterError(f"{path}: cannot be read: {error.strerror or error}") from error
-
-
-def _record(path: Path) -> FileRecord:
-    digest, size = hashlib.sha256(), 0
-    for piece in _pieces(path):
-        digest.update(piece)
-        size += len(piece)
-    return FileRecord(size=size, sha256=digest.hexdigest())
-
-
-def _identity(files: Mapping[str, FileRecord]) -> str:
-    """The name of an object: the SHA-256 over its files' hashes and names, as `sha256sum` prints them."""
-    lines = "".join(f"{files[name].sha256}  {name}\n" for name in sorted(files))
-    return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def _damage(place: Path, sha256: str) -> str:
-    """What is wrong with an object; "" where nothing is."""
-    try:
-        return "" if _identity(durable.verify(place)) == sha256 else "its content is another adapter's"
-    except Damaged as damage:
-        return f"damaged: {damage}" if place.is_dir() else "its files are gone"
 
 
 def _listed(path: Path) -> list[Version] | None:

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from qlora import durable
 from qlora.errors import AdapterError, MachineError
 from qlora.library import registry as module
+from qlora.library.files import record_of
 from qlora.library.registry import Registry
 from qlora.library.show import answer
 from qlora.live import recipe_of
@@ -40,7 +41,7 @@ def adapter(directory: Path, seed: float = 0, run: dict | None = None, **config)
     save_file(weights, directory / "adapter_model.safetensors", {"format": "pt"})
     (directory / "tokenizer.json").write_text("{}")
     (directory / "README.md").write_text("# an adapter\n")
-    files = {p.name: module._record(p).model_dump() for p in directory.iterdir() if p.name != "run.json"}
+    files = {p.name: record_of(p).model_dump() for p in directory.iterdir() if p.name != "run.json"}
     told = {"measured": {"eval_loss": 0.5 + seed}, "data_sha256": f"{int(seed):064x}", "files": files}
     (directory / "run.json").write_text(json.dumps(told | (run or {})))
     return directory
